@@ -1,0 +1,27 @@
+"""Where the YAML of the config groups lies, and the registration of their schemas with Hydra."""
+
+from pathlib import Path
+
+from wan_dist.config.schema import GROUPS, Config
+
+
+def conf_dir() -> Path:
+    """The absolute folder of `config.yaml`: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if (inside / "config.yaml").is_file() else package.parent / "conf"
+
+
+def group_options(group: str) -> list[str]:
+    """The names that `group=NAME` takes, sorted."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def register_schemas() -> None:
+    """Make every group's YAML inherit its dataclass: `defaults: [base, _self_]`."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="base", node=Config)
+    for group, schema in GROUPS.items():
+        store.store(group=group, name="base", node=schema)

@@ -1,0 +1,94 @@
+"""Collectives over an axis: contiguous buffers in, exact sizes, bytes counted, peers' loss recognised.
+
+Gathers are written as all-to-alls: they take uneven sizes on every backend, and on gloo they are the faster form.
+`bytes sent` counts what leaves this rank for others, not what it keeps.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from wan_dist.distributed.mesh import Axis
+
+
+class PeerLostError(RuntimeError):
+    """A collective failed under this rank, most likely because another one is gone: a consequence, not a cause."""
+
+
+def _run(axis: Axis, name: str, collective: Callable[[], Any]) -> None:
+    try:
+        collective()
+    except RuntimeError as error:
+        raise PeerLostError(f"{name} over axis {axis.name!r} failed: {error}") from error
+
+
+def all_to_all(
+    axis: Axis, send: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]
+) -> torch.Tensor:
+    """Exchange the parts of a flat contiguous tensor: `send_sizes[r]` elements go to rank r of the axis.
+
+    Returns the flat concatenation of what came, `receive_sizes[r]` elements from rank r.
+    """
+    assert send.ndim == 1 and send.is_contiguous() and send.numel() == sum(send_sizes), "a flat contiguous buffer"
+    if axis.size == 1:
+        return send
+    received = send.new_empty(sum(receive_sizes))
+    _run(axis, "all_to_all", lambda: dist.all_to_all_single(
+        received, send, list(receive_sizes), list(send_sizes), group=axis.group))  # fmt: skip
+    axis.traffic["all_to_all"] += (send.numel() - send_sizes[axis.rank]) * send.element_size()
+    return received
+
+
+def all_gather(axis: Axis, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """`tensor` of every rank of the axis, in rank order; the same shape on all of them."""
+    shape = tensor.shape
+    parts = _gather_flat(axis, tensor, [tensor.numel()] * axis.size)
+    return [part.view(shape) for part in parts]
+
+
+def gather_dim(axis: Axis, tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+    """The concatenation along `dim` of every rank's tensor, whose length there is `sizes[rank]`."""
+    if axis.size == 1:
+        return tensor
+    shapes = [(*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]) for size in sizes]
+    per_length = tensor.numel() // tensor.shape[dim] if tensor.shape[dim] else _other_dims(tensor, dim)
+    parts = _gather_flat(axis, tensor, [size * per_length for size in sizes])
+    return torch.cat([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], dim=dim)
+
+
+def _other_dims(tensor: torch.Tensor, dim: int) -> int:
+    return int(torch.Size([*tensor.shape[:dim], *tensor.shape[dim + 1 :]]).numel())
+
+
+def _gather_flat(axis: Axis, tensor: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    flat = tensor.contiguous().view(-1)
+    if axis.size == 1:
+        return [flat]
+    received = flat.new_empty(sum(sizes))
+    _run(axis, "all_gather", lambda: dist.all_to_all_single(
+        received, flat.repeat(axis.size), list(sizes), [flat.numel()] * axis.size, group=axis.group))  # fmt: skip
+    axis.traffic["all_gather"] += (axis.size - 1) * flat.numel() * flat.element_size()
+    ends = list(accumulate(sizes))
+    return [received[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+def broadcast(axis: Axis, tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's tensor on every rank of the axis, written in place; contiguous, the same shape everywhere."""
+    if axis.size > 1:
+        assert tensor.is_contiguous(), "a collective sends memory, not a view"
+        _run(axis, "broadcast", lambda: dist.broadcast(tensor, group=axis.group, group_src=0))
+        if axis.rank == 0:
+            axis.traffic["broadcast"] += (axis.size - 1) * tensor.numel() * tensor.element_size()
+    return tensor
+
+
+def gather_objects(axis: Axis, value: Any) -> list[Any]:
+    """`value` (small, picklable) of every rank of the axis, on every rank."""
+    if axis.size == 1:
+        return [value]
+    values: list[Any] = [None] * axis.size
+    _run(axis, "gather_objects", lambda: dist.all_gather_object(values, value, group=axis.group))
+    return values

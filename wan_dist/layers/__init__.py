@@ -1,0 +1,1 @@
+"""Building blocks that know tensors and axes, but no model's module names."""

@@ -1,0 +1,95 @@
+"""A checkpoint in diffusers format, as its JSON files describe it. Imports no torch and reads no weights."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wan_dist.loading.tensor_files import CheckpointError, weight_files
+
+EXPERTS = ("transformer", "transformer_2")  # high noise (or the only one), low noise
+_WITH_WEIGHTS = ("text_encoder", "image_encoder", "vae", *EXPERTS)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`configs` holds the config.json of each component that is present, by component name."""
+
+    path: Path
+    index: dict[str, Any]
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return tuple(name for name in EXPERTS if name in self.configs)
+
+    @property
+    def boundary_ratio(self) -> float | None:
+        return self.index.get("boundary_ratio")
+
+    @property
+    def transformer_config(self) -> dict[str, Any]:
+        """The config of either expert: both take the same latents and text."""
+        return self.configs[self.experts[0]]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read `model_index.json` and the configs it names. Raises CheckpointError where one is missing or damaged."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder")
+    if not (path / "model_index.json").is_file():
+        raise CheckpointError(f"{path}: not a diffusers checkpoint (no model_index.json)")
+    index = _read_json(path / "model_index.json")
+    configs = {}
+    for name, value in index.items():
+        present = isinstance(value, list) and len(value) == 2 and value[1] is not None
+        if present and name in _WITH_WEIGHTS:
+            configs[name] = _read_json(path / name / "config.json")
+    for name in ("text_encoder", "vae"):
+        if name not in configs:
+            raise CheckpointError(f"{path}/model_index.json: names no {name}")
+    if not any(name in configs for name in EXPERTS):
+        raise CheckpointError(f"{path}/model_index.json: names no transformer")
+    if not (path / "tokenizer").is_dir():
+        raise CheckpointError(f"{path / 'tokenizer'}: no such folder")
+    return Checkpoint(path, index, configs, _read_json(path / "scheduler" / "scheduler_config.json"))
+
+
+def weight_problems(checkpoint: Checkpoint) -> list[str]:
+    """Components without weights that can be loaded, each with the reason; shards and headers are not opened."""
+    problems = []
+    for name in checkpoint.configs:
+        try:
+            weight_files(checkpoint.path / name)
+        except CheckpointError as error:
+            if "shard is missing" not in str(error):  # a fault of the files, reported when they are read
+                problems.append(str(error))
+    return problems
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the JSON files and over name, length and header of every weight file: cheap, yet any other
+    architecture, dtype, sharding or size of weights changes it (the weights' own bytes are not read)."""
+    digest = hashlib.sha256()
+    for file in sorted(checkpoint.path.rglob("*.json")):
+        digest.update(str(file.relative_to(checkpoint.path)).encode() + b"\0" + file.read_bytes())
+    for name in sorted(checkpoint.configs):
+        for file in weight_files(checkpoint.path / name)[0]:
+            with file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                digest.update(f"{name}/{file.name}:{file.stat().st_size}".encode() + stream.read(min(length, 1 << 26)))
+    return digest.hexdigest()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: not a JSON object")
+    return value

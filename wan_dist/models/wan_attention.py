@@ -1,0 +1,82 @@
+"""Attention processors for diffusers' `WanAttention`: sequence-parallel self-attention, remembered text keys.
+
+Shape legend as in `wan_dist.layers.attention`; d is the model's width (H * D).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from wan_dist.distributed.mesh import Axis
+from wan_dist.layers.attention import Attend, ulysses_attention
+from wan_dist.layers.remember import Remembered
+
+
+class Rotary(NamedTuple):
+    """What the rope module hands to every block: `table_lD` of this rank's tokens (complex64 `[1, l, 1, D/2]`) and
+    the number of tokens on all ranks."""
+
+    table_lD: torch.Tensor
+    tokens: int
+
+
+def rotate(x_BlHD: torch.Tensor, table_lD: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of pairs of neighbouring channels as one complex product, in fp32 as in diffusers.
+
+    A fp32 input is overwritten (it is the fresh output of a norm); the result has the input's dtype.
+    """
+    pairs = torch.view_as_complex(x_BlHD.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs.mul_(table_lD)).flatten(-2).type_as(x_BlHD)
+
+
+class SequenceParallelSelfAttention:
+    """Processor for `attn1`: this rank's tokens in, this rank's tokens out, attention over all of them."""
+
+    def __init__(self, axis: Axis, attend: Attend) -> None:
+        self.axis = axis
+        self.attend = attend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: Rotary | None = None,
+    ) -> torch.Tensor:
+        assert rotary_emb is not None and encoder_hidden_states is None and attention_mask is None
+        heads = (attn.heads, -1)
+        q = rotate(attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads), rotary_emb.table_lD)
+        k = rotate(attn.norm_k(attn.to_k(hidden_states)).unflatten(2, heads), rotary_emb.table_lD)
+        v = attn.to_v(hidden_states).unflatten(2, heads)
+        out = ulysses_attention(q, k, v, self.axis, rotary_emb.tokens, self.attend)
+        return attn.to_out[0](out.flatten(2, 3))
+
+
+class RememberingCrossAttention:
+    """Processor for `attn2`: local, since text is whole on every rank; keys and values of a prompt are computed once
+    and kept for all steps."""
+
+    def __init__(self, attend: Attend) -> None:
+        self.attend = attend
+        self.text_kv: Remembered[tuple[torch.Tensor, torch.Tensor]] = Remembered()
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: Rotary | None = None,
+    ) -> torch.Tensor:
+        assert encoder_hidden_states is not None and attn.add_k_proj is None and attention_mask is None
+        heads = (attn.heads, -1)
+        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads)
+        k, v = self.text_kv(
+            encoder_hidden_states,
+            lambda text: (
+                attn.norm_k(attn.to_k(text)).unflatten(2, heads),
+                attn.to_v(text).unflatten(2, heads),
+            ),
+        )
+        return attn.to_out[0](self.attend(q, k, v).flatten(2, 3))

@@ -1,0 +1,46 @@
+"""What a null means: the recipe named by an explicit `model=`, then the checkpoint, then diffusers' own defaults."""
+
+from copy import deepcopy
+from typing import Any
+
+from wan_dist.config.schema import Config, RecipeConfig
+from wan_dist.loading.checkpoint import Checkpoint
+
+# Defaults of `diffusers.WanPipeline.__call__` (a test compares them with its signature). `fps` is not an argument
+# there; 16 is what the Wan models were trained at.
+PIPELINE_DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "steps": 50, "guidance_scale": 5.0, "fps": 16.0}
+
+# diffusers' scheduler classes <-> `sampler.solver`.
+SOLVERS = {
+    "UniPCMultistepScheduler": "unipc",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "DPMSolverMultistepScheduler": "dpm++",
+}
+
+
+def resolve(config: Config, checkpoint: Checkpoint, *, recipe_applies: bool) -> Config:
+    """A copy of `config` whose null sampler and video settings are filled in."""
+    resolved = deepcopy(config)
+    recipe = config.model.recipe if recipe_applies else RecipeConfig()
+    sampler, video = resolved.sampler, resolved.video
+    guidance_was_said = sampler.guidance_scale is not None
+    sampler.steps = _first(sampler.steps, recipe.steps, PIPELINE_DEFAULTS["steps"])
+    sampler.guidance_scale = _first(sampler.guidance_scale, recipe.guidance_scale, PIPELINE_DEFAULTS["guidance_scale"])
+    if sampler.guidance_scale_2 is None:
+        # A scale the user set for one expert must not leave the recipe's on the other.
+        theirs = None if guidance_was_said else recipe.guidance_scale_2
+        sampler.guidance_scale_2 = _first(theirs, sampler.guidance_scale)
+    scheduler = checkpoint.scheduler
+    sampler.flow_shift = _first(
+        sampler.flow_shift, recipe.flow_shift, scheduler.get("flow_shift"), scheduler.get("shift"), 1.0
+    )
+    sampler.solver = _first(sampler.solver, SOLVERS.get(scheduler.get("_class_name", "")))
+    sampler.seed = _first(sampler.seed, 0)
+    sampler.boundary_ratio = _first(sampler.boundary_ratio, checkpoint.boundary_ratio)
+    for name in ("height", "width", "num_frames", "fps"):
+        setattr(video, name, _first(getattr(video, name), getattr(recipe, name), PIPELINE_DEFAULTS[name]))
+    return resolved
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,199 @@
+"""Every rule that a configuration must obey before a rank starts. Each function returns all that it finds wrong.
+
+The same functions serve the command line, torchrun's ranks and (later) the planner: they see values, not processes.
+"""
+
+import math
+from typing import Any
+
+from wan_dist.config.schema import Config, SamplerConfig, VideoConfig, leaves
+from wan_dist.loading.checkpoint import Checkpoint
+from wan_dist.planning.defaults import SOLVERS
+from wan_dist.planning.refusal import Refusal
+from wan_dist.planning.video_shape import ModelShape, nearest_multiples
+
+# Keys of the contract whose other values are not built yet, and the values that are. A value here is never ignored.
+_AVAILABLE: dict[str, tuple[Any, ...]] = {
+    "task": ("generate", "bench"),
+    "image": (None,),
+    "last_image": (None,),
+    "latents": (None,),
+    "parallelism.dp": (None, 1),
+    "parallelism.ring": (None, 1),
+    "parallelism.tp": (None, 1),
+    "parallelism.fsdp.enabled": ("auto", "off"),
+    "parallelism.fsdp.replicate": (1,),
+    "parallelism.fsdp.shard_conditions": ([],),
+    "parallelism.fsdp.reshard_after_forward": (True,),
+    "parallelism.vae": ("auto", "off"),
+    "offload.mode": ("auto",),
+    "offload.transformer": ("auto", "resident"),
+    "offload.text_encoder": ("auto", "component"),
+    "offload.image_encoder": ("auto",),
+    "offload.vae": ("auto",),
+    "offload.prefetch": ("auto",),
+    "offload.resident_blocks": ("auto",),
+    "output.checkpoint_every": (0,),
+    "output.resume": ("off",),
+    "output.preview": (False,),
+    "runtime.vae_channels_last": ("auto", "off"),
+    "runtime.stall_timeout_s": (None,),
+    "runtime.compile": (False,),
+    "runtime.profile": (False,),
+    "runtime.deterministic": (False,),
+}
+_SEED_RANGE = (-(2**63), 2**64 - 1)  # what torch.Generator.manual_seed takes
+_LONGEST_SUFFIX = len(".latents.safetensors.tmp")
+
+
+def value_refusals(config: Config) -> list[Refusal]:
+    """Values outside a field's choices or limits, and values that are not built yet."""
+    found = []
+    for key, value, rule in leaves(config):
+        for item in value if isinstance(value, list) else [value]:
+            if item is None:
+                continue
+            choices, low = rule.get("choices"), rule.get("low")
+            if choices and item not in choices:
+                found.append(Refusal(key, item, "not one of its values", f"use {', '.join(choices)}"))
+            elif low is not None and not (math.isfinite(item) and (item > low if rule["above"] else item >= low)):
+                bound = "finite" if low == -math.inf else f"{'above' if rule['above'] else 'at least'} {low:g}"
+                found.append(Refusal(key, item, "outside its limits", f"it must be {bound}"))
+            elif key in _AVAILABLE and value not in _AVAILABLE[key]:
+                able = ", ".join("null" if v is None else str(v) for v in _AVAILABLE[key])
+                found.append(Refusal(key, value, "not yet available in this version", f"use {able}"))
+    return found
+
+
+def request_refusals(config: Config) -> list[Refusal]:
+    """The prompt, the output's name and formats, the seed."""
+    found = []
+    if config.prompts_file is not None:
+        found.append(_prompts_file_refusal(config.prompts_file))
+    elif config.prompt is None and config.task == "generate":
+        found.append(Refusal("prompt", None, "task=generate needs a prompt", 'give one: prompt="a cat surfing"'))
+    for key in ("prompt", "negative_prompt"):
+        text = getattr(config, key)
+        if text is not None and not _is_unicode(text):
+            found.append(Refusal(key, ascii(text), "not valid UTF-8", "check the terminal's or the script's encoding"))
+    name = config.output.name
+    if not name or name in (".", "..") or "/" in name or "\0" in name:
+        found.append(Refusal("output.name", name, "not a file name", "use letters, without '/'; output.dir is the folder"))
+    elif len(name.encode("utf-8", "surrogateescape")) + _LONGEST_SUFFIX > 255:
+        found.append(
+            Refusal("output.name", name, f"{len(name)} characters are too long", f"use {255 - _LONGEST_SUFFIX} bytes at most")
+        )
+    if not config.output.formats:
+        found.append(Refusal("output.formats", "[]", "nothing would be written", "use mp4, frames, latents"))
+    seed = config.sampler.seed
+    if seed is not None and not _SEED_RANGE[0] <= seed <= _SEED_RANGE[1]:
+        found.append(Refusal("sampler.seed", seed, "outside 64 bits", f"use {_SEED_RANGE[0]} to {_SEED_RANGE[1]}"))
+    return found
+
+
+def _prompts_file_refusal(path: str) -> Refusal:
+    try:
+        with open(path, encoding="utf-8") as stream:  # noqa: PTH123
+            prompts = [line for line in stream.read().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        return Refusal("prompts_file", path, f"cannot be read ({error})", "name a text file, a prompt a line")
+    if not prompts:
+        return Refusal("prompts_file", path, "an empty list of prompts", "write a prompt a line")
+    why = f"not yet available in this version (it holds {len(prompts)})"
+    return Refusal("prompts_file", path, why, "sweep instead: wan-dist --multirun prompt=\"'first','second'\"")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def checkpoint_refusals(checkpoint: Checkpoint, key: str, name: str) -> list[Refusal]:
+    """Checkpoints of a kind that this version does not run. key, name: how the user named it."""
+    found = []
+    pipeline = checkpoint.index.get("_class_name")
+    kinds = {component: cfg.get("_class_name") for component, cfg in checkpoint.configs.items()}
+    if pipeline != "WanPipeline":
+        why = f"its pipeline is {pipeline}"
+        found.append(Refusal(key, name, why, "this version runs text-to-video checkpoints (WanPipeline)"))
+    elif checkpoint.index.get("expand_timesteps"):
+        why = "per-token timesteps (Wan2.2 TI2V) are not yet available in this version"
+        found.append(Refusal(key, name, why, "use a Wan2.1 or Wan2.2 A14B text-to-video checkpoint"))
+    for component in checkpoint.experts:
+        if kinds[component] != "WanTransformer3DModel":
+            why = f"{component} is a {kinds[component]}"
+            found.append(Refusal(key, name, why, "this version runs WanTransformer3DModel"))
+    if kinds["vae"] != "AutoencoderKLWan":
+        found.append(Refusal(key, name, f"its vae is a {kinds['vae']}", "this version runs AutoencoderKLWan"))
+    if "image_encoder" in kinds or any(checkpoint.configs[e].get("image_dim") for e in checkpoint.experts):
+        why = "it wants an image, which is not yet available in this version"
+        found.append(Refusal(key, name, why, "use a text-to-video checkpoint"))
+    return found
+
+
+def video_refusals(video: VideoConfig, shape: ModelShape) -> list[Refusal]:
+    """Sizes that the model cannot make; never rounded, the nearest legal ones are named."""
+    assert video.height and video.width and video.num_frames, "resolved before"
+    found = []
+    rules = (
+        ("height", video.height, shape.multiple_h, 0, shape.patch[1] * shape.stride_s),
+        ("width", video.width, shape.multiple_w, 0, shape.patch[2] * shape.stride_s),
+        ("num_frames", video.num_frames, shape.stride_t, 1, shape.stride_t),
+    )
+    for name, value, multiple, offset, per_position in rules:
+        if value % multiple != offset % multiple:
+            rule = f"not a multiple of {multiple}" + (f" plus {offset}" if offset else "")
+            legal = " or ".join(map(str, nearest_multiples(value, multiple, offset)))
+            found.append(Refusal(f"video.{name}", value, rule, f"the nearest that fit are {legal}"))
+        elif (value - offset) // per_position + offset > shape.max_positions:
+            most = (shape.max_positions - offset) * per_position + offset
+            why = f"more than the model's {shape.max_positions} positions"
+            found.append(Refusal(f"video.{name}", value, why, f"use {most} at most"))
+    return found
+
+
+def sampler_refusals(config: Config, sampler: SamplerConfig, checkpoint: Checkpoint) -> list[Refusal]:
+    """The solver, and experts against boundary. config: as given; sampler: resolved."""
+    found = []
+    if sampler.solver is None:
+        theirs = checkpoint.scheduler.get("_class_name")
+        why = f"the checkpoint's scheduler {theirs} is none of {', '.join(SOLVERS)}"
+        found.append(Refusal("sampler.solver", None, why, f"choose one: {', '.join(SOLVERS.values())}"))
+    if config.sampler.guidance_scale_2 is not None and sampler.boundary_ratio is None:
+        why = "this checkpoint has one expert and no boundary_ratio"
+        found.append(Refusal("sampler.guidance_scale_2", config.sampler.guidance_scale_2, why, "leave it out"))
+    if sampler.boundary_ratio is None and "transformer" not in checkpoint.experts:
+        why = "without it every step is the high-noise expert's, which this checkpoint lacks"
+        found.append(Refusal("sampler.boundary_ratio", None, why, "give one, e.g. sampler.boundary_ratio=1.1"))
+    return found
+
+
+def mesh_refusals(degrees: dict[str, int], *, heads: int, guided: bool) -> list[Refusal]:
+    """Degrees that this model and this request cannot fill."""
+    found = []
+    cfg, ulysses = degrees["cfg"], degrees["ulysses"]
+    if cfg > 2:
+        found.append(Refusal("parallelism.cfg", cfg, "guidance has two branches", "use 1 or 2"))
+    elif cfg == 2 and not guided:
+        why = "no step is guided (guidance_scale <= 1), so the second half would have nothing to do"
+        found.append(Refusal("parallelism.cfg", cfg, why, "use parallelism.cfg=1, or a guidance_scale above 1"))
+    if ulysses > heads:
+        why = f"more Ulysses ranks than the model's {heads} attention heads"
+        found.append(Refusal("parallelism.ulysses", ulysses, why, f"use 1 to {heads}"))
+    return found
+
+
+def device_refusals(config: Config, *, device: str, gpus: int, local_ranks: int) -> list[Refusal]:
+    """Devices that are not there, attention kernels that the device does not have. device: resolved."""
+    found = []
+    if device == "cuda" and gpus == 0:
+        found.append(Refusal("runtime.device", "cuda", "no GPU is visible here", "use cpu, or check the driver"))
+    elif device == "cuda" and local_ranks > gpus:
+        why = f"{local_ranks} ranks on this node, but {gpus} visible GPUs"
+        found.append(Refusal("parallelism", local_ranks, why, f"use degrees whose product is {gpus} at most"))
+    if device == "cpu" and config.runtime.attention in ("efficient", "cudnn"):
+        found.append(Refusal("runtime.attention", config.runtime.attention, "a GPU kernel", "use auto, flash or math"))
+    return found

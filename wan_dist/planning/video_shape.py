@@ -1,0 +1,63 @@
+"""Pixels <-> latents <-> tokens of a Wan model, as arithmetic."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a Wan checkpoint that decide which videos and which meshes fit it.
+
+    stride_t, stride_s: VAE compression in time and space; patch: tokens per latent cell, (t, h, w).
+    """
+
+    heads: int
+    channels: int
+    patch: tuple[int, int, int]
+    stride_t: int
+    stride_s: int
+    max_positions: int
+
+    @classmethod
+    def from_configs(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> "ModelShape":
+        """A key that an old config.json lacks takes the default of diffusers' class."""
+        patch_t, patch_h, patch_w = transformer.get("patch_size", (1, 2, 2))
+        return cls(
+            heads=transformer.get("num_attention_heads", 40),
+            channels=transformer.get("in_channels", 16),
+            patch=(patch_t, patch_h, patch_w),
+            stride_t=vae.get("scale_factor_temporal", 4),
+            stride_s=vae.get("scale_factor_spatial", 8),
+            max_positions=transformer.get("rope_max_seq_len", 1024),
+        )
+
+    @property
+    def multiple_h(self) -> int:
+        return self.stride_s * self.patch[1]
+
+    @property
+    def multiple_w(self) -> int:
+        return self.stride_s * self.patch[2]
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
+        """`(1, channels, frames, rows, columns)` of the latents of one video."""
+        frames = (num_frames - 1) // self.stride_t + 1
+        return (1, self.channels, frames, height // self.stride_s, width // self.stride_s)
+
+    def tokens(self, num_frames: int, height: int, width: int) -> int:
+        """Length of the transformer's sequence."""
+        _, _, frames, rows, columns = self.latent_shape(num_frames, height, width)
+        return (frames // self.patch[0]) * (rows // self.patch[1]) * (columns // self.patch[2])
+
+
+def nearest_multiples(value: int, multiple: int, offset: int = 0) -> list[int]:
+    """The legal values `k * multiple + offset` next below and next above `value`; those `<= 0` are left out.
+
+    >>> nearest_multiples(65, 16)
+    [64, 80]
+    >>> nearest_multiples(80, 4, offset=1)
+    [77, 81]
+    """
+    below = (value - offset) // multiple * multiple + offset
+    return [legal for legal in (below, below + multiple) if legal > 0]

@@ -1,0 +1,1 @@
+"""Sampling as plain functions over tensors; parallelism and offload are invisible here."""
