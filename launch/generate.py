@@ -1,0 +1,12 @@
+"""Run under torchrun: `torchrun --nproc-per-node 8 launch/generate.py prompt="a cat surfing" parallelism=cfg2_ulysses4`."""
+
+import sys
+from pathlib import Path
+
+# A checkout's launcher runs the checkout's package, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from wan_dist.cli.main import main  # noqa: E402
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One node's side of a run: check everything, freeze the config, start the ranks, report what became of them."""

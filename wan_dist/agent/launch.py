@@ -1,0 +1,134 @@
+"""Starting the ranks of this node through torchrun's own engine, and saying what became of them."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wan_dist.log import rank_log_path
+from wan_dist.topology import usable_cores
+
+_SHUTDOWN_S = 5  # ranks that ignore SIGTERM are killed after this
+
+
+class RunFailedError(RuntimeError):
+    """A rank failed; the message is what the user needs to see. Picklable, unlike torch's ChildFailedError."""
+
+
+class InterruptedRunError(KeyboardInterrupt):
+    """The run was stopped by a signal: a sweep must not go on with the next job."""
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """How one rank ended: its exit code (negative: a signal's number) and what it wrote about it, if it could."""
+
+    rank: int
+    exit_code: int
+    account: dict[str, Any] | None
+
+
+def launch(config_path: Path, ranks: int) -> None:
+    """Run `python -m wan_dist.worker CONFIG` on `ranks` ranks of this node until all are done.
+
+    Raises RunFailedError with the first failure's account, InterruptedRunError after a signal; no rank is left then.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the failure is told once, by us
+    launch_config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+        shutdown_timeout=_SHUTDOWN_S,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+    )
+    threads = str(max(1, usable_cores() // ranks))
+    failed: list[tuple[int, int]] = []
+    variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), "PYTHONUNBUFFERED": "1"}
+    with environment(**variables), _signal_handlers_kept():
+        try:
+            elastic_launch(launch_config, sys.executable)("-u", "-m", "wan_dist.worker", str(config_path))
+        except ChildFailedError as error:
+            failed = [(rank, failure.exitcode) for rank, failure in error.failures.items()]
+        except SignalException as error:
+            raise InterruptedRunError(f"stopped by {signal.Signals(error.sigval).name}") from None
+    if failed:
+        run_dir = config_path.parent
+        raise RunFailedError(describe(root_cause([_failure(run_dir, rank, code) for rank, code in failed]), run_dir))
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Environment variables for child processes, put back afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """The elastic agent installs handlers and leaves them; a sweep's next job must not inherit them."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _failure(run_dir: Path, rank: int, exit_code: int) -> RankFailure:
+    try:
+        account = json.loads((run_dir / f"failure.rank{rank}.json").read_text())
+    except (OSError, ValueError):
+        account = None
+    return RankFailure(rank, exit_code, account)
+
+
+def root_cause(failures: list[RankFailure]) -> RankFailure:
+    """The failure that the others followed from: a rank killed by a signal other than the agent's SIGTERM, else the
+    earliest account, else the first rank."""
+    killed = [f for f in failures if f.exit_code < 0 and f.exit_code != -signal.SIGTERM and f.account is None]
+    told = [f for f in failures if f.account is not None]
+    if killed:
+        return killed[0]
+    return min(told, key=lambda f: (f.account or {})["time"]) if told else failures[0]
+
+
+def describe(failure: RankFailure, run_dir: Path) -> str:
+    """One message: who, where, why, and where to read on."""
+    account, log = failure.account, rank_log_path(run_dir, failure.rank)
+    if account is None:
+        end = f"exit code {failure.exit_code}"
+        if failure.exit_code < 0:
+            end = f"killed by {signal.Signals(-failure.exit_code).name}"
+            end += " (out of memory?)" * (failure.exit_code == -signal.SIGKILL)
+        return f"rank {failure.rank} ended without an account: {end}\nits log: {log}"
+    head = f"rank {account['rank']} on {account['host']} failed in phase {account['phase']}"
+    if account["expected"]:
+        return f"{head}: {account['message']}\nits log: {account['log']}"
+    return f"{head}\n{account['traceback'].rstrip()}"

@@ -1,0 +1,212 @@
+"""From a composed config to a frozen one that ranks can run, or to every reason why not."""
+
+import tempfile
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from datetime import datetime
+from math import prod
+from pathlib import Path
+
+from wan_dist.config import freeze
+from wan_dist.config.normalise import normalise_switches
+from wan_dist.config.schema import Config
+from wan_dist.loading.checkpoint import Checkpoint, open_checkpoint, weight_problems
+from wan_dist.loading.source import Source
+from wan_dist.loading.tensor_files import CheckpointError
+from wan_dist.planning import refusals as rules
+from wan_dist.planning.defaults import resolve
+from wan_dist.planning.degrees import AXES, choose_degrees, given_degrees, wanted_ranks
+from wan_dist.planning.refusal import Refusal, RefusedError
+from wan_dist.planning.video_shape import ModelShape
+from wan_dist.sampling.schedule import Step, build_schedule, is_guided
+from wan_dist.topology import slurm_step, visible_gpus
+
+DEFAULT_CPU_RANKS = 2
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """How this run was started, as far as it decides what the config means.
+
+    recipe_named: `model=` was given, so its recipe applies even beside a `model.path`.
+    default_dir: the folder for a null `output.dir`.
+    world, local_ranks: torchrun's, or None where wan-dist starts the ranks itself.
+    """
+
+    recipe_named: bool
+    default_dir: Path
+    world: int | None = None
+    local_ranks: int | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A config that can run: `config` is resolved but for the checkpoint's folder, which `source` can provide."""
+
+    config: Config
+    source: Source | None
+    ranks: int
+
+
+def run_id(torchrun_id: str | None = None) -> str:
+    """One name for one run: torchrun's id where it was given one, else Slurm's job and step, else the time."""
+    if torchrun_id and torchrun_id != "none":
+        return torchrun_id
+    return slurm_step() or datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+
+
+def run_dir(config: Config) -> Path:
+    """Where a run keeps its frozen config and its ranks' logs."""
+    assert config.output.dir is not None, "resolved before"
+    return Path(config.output.dir) / ".run" / config.output.name
+
+
+def check(config: Config, invocation: Invocation) -> Checked:
+    """Resolve and check; nothing is written, no weight is read. Raises RefusedError with every reason."""
+    config = deepcopy(config)
+    normalise_switches(config)
+    found = rules.value_refusals(config) + rules.request_refusals(config)
+    config.output.dir = str(Path(config.output.dir if config.output.dir is not None else invocation.default_dir).absolute())
+    found += _output_dir_refusals(Path(config.output.dir))
+
+    source, heads, guided = None, config.bench.heads, config.bench.guidance
+    if config.task != "bench":
+        source, checkpoint, problems = _open(config, invocation)
+        found += problems
+        if checkpoint is None:
+            heads, guided = 0, True  # unknown: what depends on the model is not checked
+        else:
+            resolved = resolve(config, checkpoint, recipe_applies=_recipe_applies(config, invocation))
+            more, heads, guided = _request_against_checkpoint(config, resolved, checkpoint)
+            found += more
+            config = resolved
+    if not any(refusal.key.startswith(("parallelism", "runtime")) for refusal in found):
+        found += _place(config, invocation, heads, guided)
+    if found:
+        raise RefusedError(found)
+    degrees = given_degrees(config.parallelism)
+    return Checked(config, source, prod(degrees.values()))
+
+
+def freeze_run(checked: Checked) -> Path:
+    """Fetch or build the checkpoint, make a fresh run directory, and write the frozen config: returns its path."""
+    config = deepcopy(checked.config)
+    if checked.source is not None:
+        try:
+            folder = checked.source.complete()
+            problems = weight_problems(open_checkpoint(folder))
+        except CheckpointError as error:
+            problems = [str(error)]
+        if problems:
+            raise RefusedError([_model_refusal(checked.source.name, problem) for problem in problems])
+        config.model.path = str(folder)
+    directory = run_dir(config)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for stale in [*directory.glob("rank*.log"), *directory.glob("failure.rank*.json")]:
+            stale.unlink()
+        scratch = directory / "config.yaml.tmp"
+        scratch.write_text(freeze.to_yaml(config), encoding="utf-8")
+        scratch.replace(directory / "config.yaml")
+    except OSError as error:
+        raise RefusedError([_output_refusal(Path(str(config.output.dir)), error)]) from error
+    return directory / "config.yaml"
+
+
+def _recipe_applies(config: Config, invocation: Invocation) -> bool:
+    return config.model.path is None or invocation.recipe_named
+
+
+def _open(config: Config, invocation: Invocation) -> tuple[Source, Checkpoint | None, list[Refusal]]:
+    source = Source(config.model.path if config.model.path is not None else config.model.recipe.path or "")
+    if not _recipe_applies(config, invocation):
+        config.model.name = None
+    try:
+        checkpoint = open_checkpoint(source.configs())
+        found = [] if _is_remote(source) else [_model_refusal(source.name, p) for p in weight_problems(checkpoint)]
+        found += rules.checkpoint_refusals(checkpoint, "model.path", source.name)
+    except CheckpointError as error:
+        return source, None, [_model_refusal(source.name, str(error))]
+    return source, None if found else checkpoint, found
+
+
+def _is_remote(source: Source) -> bool:
+    """Whether its weights are yet to come when its configs can be read."""
+    return source.name.startswith("built:") or not Path(source.name).exists()
+
+
+def _model_refusal(name: str, problem: str) -> Refusal:
+    remedy = "give the folder of a checkpoint in diffusers format with safetensors weights, or a hub id"
+    return Refusal("model.path", name, problem, remedy)
+
+
+def _request_against_checkpoint(
+    given: Config, resolved: Config, checkpoint: Checkpoint
+) -> tuple[list[Refusal], int, bool]:
+    """Refusals of the video and the sampler, the model's heads, and whether any step is guided."""
+    shape = ModelShape.from_configs(checkpoint.transformer_config, checkpoint.configs["vae"])
+    found = rules.video_refusals(resolved.video, shape)
+    found += rules.sampler_refusals(given, resolved.sampler, checkpoint)
+    steps = _steps_if_they_matter(resolved, checkpoint) if not found else None
+    sampler = resolved.sampler
+    if steps is None:
+        scale = float(sampler.guidance_scale or 0)
+        return found, shape.heads, is_guided(scale, scale)
+    for expert in sorted({step.expert for step in steps} - set(checkpoint.experts)):
+        why = f"steps fall to {expert}, which this checkpoint lacks"
+        found.append(Refusal("sampler.boundary_ratio", sampler.boundary_ratio, why, f"it has {checkpoint.experts}"))
+    return found, shape.heads, any(step.guided for step in steps)
+
+
+def _steps_if_they_matter(config: Config, checkpoint: Checkpoint) -> list[Step] | None:
+    """The schedule, where which expert does which step decides something; it takes torch, so not otherwise."""
+    sampler = config.sampler
+    one_expert = len(checkpoint.experts) < 2
+    first, second = float(sampler.guidance_scale or 0), float(sampler.guidance_scale_2 or 0)
+    scales_differ = is_guided(first, first) != is_guided(second, first)
+    if sampler.boundary_ratio is None or not (one_expert or scales_differ) or not sampler.steps or sampler.steps < 1:
+        return None
+    from wan_dist.sampling.solvers import scheduled
+
+    return scheduled(config.sampler, checkpoint.scheduler)[1]
+
+
+def _place(config: Config, invocation: Invocation, heads: int, guided: bool) -> list[Refusal]:
+    """Choose device, dtype and mesh, in place; returns what does not fit."""
+    runtime, parallelism = config.runtime, config.parallelism
+    gpus = visible_gpus() if runtime.device != "cpu" else 0
+    device = runtime.device if runtime.device != "auto" else ("cuda" if gpus else "cpu")
+    asked = runtime.ranks
+    found_here = gpus if device == "cuda" else DEFAULT_CPU_RANKS
+    ranks = wanted_ranks(parallelism, world=invocation.world, asked=asked, found=max(found_here, 1))
+    source = "torchrun's world" if invocation.world else "runtime.ranks" if asked else "the number of ranks"
+    degrees, found = choose_degrees(parallelism, ranks, guided=guided, source=source)
+    if invocation.world and asked not in (None, invocation.world):
+        found.append(Refusal("runtime.ranks", asked, f"torchrun started {ranks}", "leave it out under torchrun"))
+    if heads and not found:
+        found += rules.mesh_refusals(degrees, heads=heads, guided=guided)
+    local_ranks = invocation.local_ranks or ranks
+    found += rules.device_refusals(config, device=device, gpus=gpus, local_ranks=local_ranks)
+    runtime.device, runtime.ranks = device, ranks
+    runtime.dtype = runtime.dtype or ("bfloat16" if device == "cuda" else "float32")
+    config.parallelism = replace(parallelism, **{axis: degrees[axis] for axis in AXES})
+    return found
+
+
+def _output_dir_refusals(directory: Path) -> list[Refusal]:
+    """Try the nearest folder that exists: a file that vanishes is written there, and nothing stays behind."""
+    nearest = directory
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    try:
+        if not nearest.is_dir():
+            raise NotADirectoryError(f"{nearest} is not a folder")
+        with tempfile.TemporaryFile(dir=nearest):
+            return []
+    except OSError as error:
+        return [_output_refusal(directory, error)]
+
+
+def _output_refusal(directory: Path, error: OSError) -> Refusal:
+    why = error.strerror or str(error)
+    return Refusal("output.dir", directory, f"cannot be written ({why})", "name a folder of yours: output.dir=DIR")

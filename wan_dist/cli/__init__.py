@@ -1,0 +1,1 @@
+"""The command line: free text made literal, overrides checked, Hydra run, exit codes."""

@@ -1,0 +1,45 @@
+"""Free text on the command line, taken literally: `prompt=a cat, surfing (slow): 'wow' = 100% ${x}` means just that.
+
+Hydra's override grammar gives commas, quotes, braces, `${` and more a meaning. A value of a free-text key is turned
+into a quoted string of that grammar that stands for exactly the characters the program received.
+"""
+
+import re
+from collections.abc import Sequence
+
+from wan_dist.config.schema import FREE_TEXT
+
+_FREE_TEXT_OVERRIDE = re.compile(rf"(\+{{0,2}})({'|'.join(map(re.escape, FREE_TEXT))})=(.*)", re.DOTALL)
+_QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_QUOTED_LIST = re.compile(rf"\s*{_QUOTED}(?:\s*,\s*{_QUOTED})+\s*", re.DOTALL)
+
+
+def literal(text: str) -> str:
+    r"""`text` as a quoted string of Hydra's grammar.
+
+    Two readers come after the shell. Hydra's lexer: inside single quotes a backslash is itself unless it stands
+    before a quote or at the end, where a run of them must be doubled. OmegaConf: `${` opens an interpolation unless
+    escaped, and a run of backslashes before it must be doubled to stay.
+    """
+    text = re.sub(r"(\\*)\$\{", lambda m: m.group(1) * 2 + r"\${", text)
+    text = re.sub(r"(\\*)'", lambda m: m.group(1) * 2 + r"\'", text)
+    text = re.sub(r"(\\+)\Z", lambda m: m.group(1) * 2, text)
+    return f"'{text}'"
+
+
+def literal_overrides(arguments: Sequence[str], *, multirun: bool) -> list[str]:
+    """The command line with every free-text value quoted; under `--multirun` a list of quoted strings is left to
+    Hydra, which sweeps over it."""
+    result = []
+    for argument in arguments:
+        match = _FREE_TEXT_OVERRIDE.fullmatch(argument)
+        if match and not (multirun and _QUOTED_LIST.fullmatch(match.group(3))):
+            prefix, key, text = match.groups()
+            argument = f"{prefix}{key}={literal(text)}"
+        result.append(argument)
+    return result
+
+
+def is_multirun(arguments: Sequence[str]) -> bool:
+    """Whether Hydra would take this command line for a sweep (its parser accepts abbreviated flags)."""
+    return any(a == "-m" or (len(a) > 3 and "--multirun".startswith(a)) for a in arguments)

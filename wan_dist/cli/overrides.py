@@ -1,0 +1,104 @@
+"""Checking overrides one by one against the schema, before Hydra composes: Hydra stops at the first mistake, a user
+wants to read all of them, each with what is allowed."""
+
+import difflib
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any, get_type_hints
+
+from wan_dist.config.schema import GROUPS, Config, leaves
+from wan_dist.config.store import group_options
+from wan_dist.planning.refusal import Refusal
+
+_GROUP_NAMES = (*GROUPS, "experiment")
+
+
+def check_overrides(overrides: Sequence[str]) -> tuple[list[Refusal], list[str]]:
+    """The refusals, and the overrides that have none. What Hydra's parser cannot read is left for Hydra to explain."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    parser = OverridesParser.create()
+    refusals: list[Refusal] = []
+    good: list[str] = []
+    for text in overrides:
+        try:
+            found = _check(parser.parse_override(text))
+        except OverrideParseException:
+            found = []
+        refusals += found
+        if not found:
+            good.append(text)
+    return refusals, good
+
+
+def _check(override: Any) -> list[Refusal]:
+    key = override.key_or_group
+    if key.split(".")[0] == "hydra" or key.startswith("hydra/") or override.is_delete() or override.package:
+        return []
+    if key in _GROUP_NAMES:
+        options = group_options(key)
+        names = [name for name in _values(override) if isinstance(name, str) and name not in options]
+        return [Refusal(key, name, "no such option", f"use {', '.join(options)}") for name in names]
+    rules = {leaf: rule for leaf, _, rule in leaves(Config())}
+    if key in rules:
+        return [r for value in _values(override) for r in _check_type(key, value, rules[key])]
+    if any(leaf.startswith(key + ".") for leaf in rules):
+        return []  # a whole node, `sampler={steps: 3}`: the merge with the schema checks it
+    same_name = [leaf for leaf in rules if leaf.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    near = list(dict.fromkeys([*same_name, *difflib.get_close_matches(key, rules, n=3)]))
+    remedy = f"did you mean {' or '.join(near)}?" if near else "wan-dist --help lists all keys"
+    return [Refusal(key, _shown(override), "no such key", remedy)]
+
+
+def _shown(override: Any) -> str:
+    return str(override.get_value_element_as_str())
+
+
+def _values(override: Any) -> list[Any]:
+    """The value, or each value of a sweep over a list; other sweeps are Hydra's to check."""
+    from hydra.core.override_parser.types import QuotedString
+
+    if override.is_sweep_override():
+        values = list(override.sweep_iterator()) if override.is_choice_sweep() else []
+    else:
+        values = [override.value()]
+    return [value.text if isinstance(value, QuotedString) else value for value in values]
+
+
+def _check_type(key: str, value: Any, rule: dict[str, Any]) -> list[Refusal]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(value, str) and "${" in value:
+        return []  # an interpolation: its value is known, and checked, after composing
+    if isinstance(value, Enum):
+        value = str(value)
+    scratch = OmegaConf.structured(Config)
+    try:
+        OmegaConf.update(scratch, key, value)
+    except OmegaConfBaseException as error:
+        kind = _kind(key)
+        choices = rule.get("choices")
+        remedy = f"use {', '.join(choices)}" if choices else f"give {kind}"
+        return [Refusal(key, value, f"not {kind}" if kind else str(error).splitlines()[0], remedy)]
+    return []
+
+
+def _kind(key: str) -> str:
+    """What a key takes, in words, from its annotation."""
+    node: Any = Config
+    for part in key.split("."):
+        node = get_type_hints(node)[part]
+    text = getattr(node, "__name__", None) if isinstance(node, type) else str(node)
+    words = {
+        "int": "a whole number",
+        "int | None": "a whole number or null",
+        "float": "a number",
+        "float | None": "a number or null",
+        "bool": "on, off, true or false",
+        "str": "text",
+        "str | None": "text or null",
+        "list[str]": "a list: [a,b]",
+    }
+    return words.get(str(text), str(text))

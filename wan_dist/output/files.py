@@ -1,0 +1,62 @@
+"""Files of one generation: names, atomic writing, tensors."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_SUFFIXES = {"mp4": ".mp4", "frames": ".frames.safetensors", "latents": ".latents.safetensors", "record": ".json"}
+
+
+def output_path(folder: Path, name: str, kind: str) -> Path:
+    """The file of one kind: `mp4`, `frames`, `latents` or `record`."""
+    return folder / f"{name}{_SUFFIXES[kind]}"
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove temporaries that an earlier run of `name` left when it was killed."""
+    for kind in _SUFFIXES:
+        _temporary(output_path(folder, name, kind)).unlink(missing_ok=True)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(target.name + ".tmp")
+
+
+@contextmanager
+def atomic(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target`; on leaving it is synced and takes target's name, on failure it is removed."""
+    scratch = _temporary(target)
+    try:
+        yield scratch
+        scratch.chmod(0o666 & ~_umask())  # some writers make private files
+        _sync(scratch)
+        scratch.replace(target)
+        _sync(target.parent)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_tensor(target: Path, name: str, tensor: torch.Tensor) -> None:
+    """A safetensors file with one tensor."""
+    from safetensors.torch import save_file
+
+    with atomic(target) as scratch:
+        save_file({name: tensor.contiguous().cpu()}, scratch)

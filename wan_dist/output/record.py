@@ -1,0 +1,115 @@
+"""The run record: what ran, on what, how long each part took and what it cost. One JSON file beside the outputs."""
+
+import json
+import platform
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wan_dist import __version__
+from wan_dist.config.schema import Config
+from wan_dist.log import logger
+from wan_dist.output.files import atomic
+from wan_dist.output.memory import PeakHostMemory
+from wan_dist.topology import RankEnv
+
+_LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "hydra-core", "omegaconf", "av")
+
+
+class RankReport:
+    """What one rank measures of itself while it runs."""
+
+    def __init__(self, env: RankEnv, device: torch.device) -> None:
+        self._env = env
+        self._device = device
+        self._memory = PeakHostMemory()
+        self.phase = "start"
+        self.phases: dict[str, float] = {}
+        self.steps: list[float] = []
+        self.bytes_read: Counter[str] = Counter()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds of a block to `phases[phase]`; the device's work is included."""
+        self.phase = phase
+        logger.info("phase %s", phase)
+        start = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - start
+
+    def as_dict(self, traffic: Counter[str]) -> dict[str, Any]:
+        """This rank's entry of the record's `ranks`."""
+        on_gpu = self._device.type == "cuda"
+        return {
+            "rank": self._env.rank,
+            "host": self._env.host,
+            "device": torch.cuda.get_device_name(self._device) if on_gpu else "cpu",
+            "peak_device_bytes": torch.cuda.max_memory_allocated(self._device) if on_gpu else None,
+            "peak_host_bytes": self._memory.sample(),
+            "base_host_bytes": self._memory.base,
+            "bytes_read": dict(self.bytes_read),
+            "bytes_sent": dict(traffic),
+        }
+
+
+def source_commit() -> str | None:
+    """The git commit of the checkout this package runs from, or None where it is installed from a wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def library_versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
+
+
+def write_record(
+    target: Path,
+    config: Config,
+    *,
+    fingerprint: str,
+    plan: list[dict[str, str]],
+    report: RankReport,
+    outputs: dict[str, str],
+    ranks: list[dict[str, Any]],
+) -> None:
+    """Write `NAME.json`; its keys are part of the contract with users."""
+    sampler, video = config.sampler, config.video
+    record = {
+        "version": __version__,
+        "commit": source_commit(),
+        "config": asdict(config),
+        "request": {
+            "prompt": config.prompt,
+            "negative_prompt": config.negative_prompt or "",
+            "name": config.output.name,
+            **asdict(sampler),
+            **asdict(video),
+        },
+        "mesh": {axis: getattr(config.parallelism, axis) for axis in ("dp", "cfg", "ring", "ulysses", "tp")},
+        "checkpoint": {"path": config.model.path, "fingerprint": fingerprint},
+        "libraries": library_versions(),
+        "attention": config.runtime.attention,
+        "plan": plan,
+        "phases": report.phases,
+        "steps": report.steps,
+        "outputs": outputs,
+        "ranks": ranks,
+    }
+    with atomic(target) as scratch:
+        scratch.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,125 @@
+"""One rank, from a frozen config to its exit.
+
+`python -m wan_dist.worker CONFIG` is what the agent starts; under a hand-typed torchrun the ranks are here already
+and call `run_rank`. Whatever happens, a rank ends here: with its output flushed, its failure on record and a code.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from wan_dist.config import freeze
+from wan_dist.config.schema import Config
+from wan_dist.log import log_to_file, logger, rank_log_path, silence
+from wan_dist.topology import RankEnv, rank_env
+
+_PR_SET_PDEATHSIG = 1
+_WAIT_FOR_AGENT_S = 10.0
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this rank when its agent dies, however it dies (Linux; elsewhere nothing is done)."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call
+            os._exit(1)
+
+
+def run_rank(config_path: Path, env: RankEnv) -> NoReturn:
+    """Run this rank's part of the frozen config's task and leave the process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every rank; each just goes
+    run_dir = config_path.parent
+    log = rank_log_path(run_dir, env.rank)
+    if env.rank != 0:
+        silence(log)
+    log_to_file(log, env.rank)
+    state: dict[str, Any] = {"phase": "import"}
+    code = 0
+    try:
+        _run_task(freeze.load(config_path), env, state)
+    except BaseException as error:
+        code = 1
+        _record_failure(error, env, run_dir, log, state)
+    gc.collect()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # past the interpreter's teardown, where a process group's threads can abort
+
+
+def _run_task(config: Config, env: RankEnv, state: dict[str, Any]) -> None:
+    logger.info("rank %d of %d on %s, pid %d", env.rank, env.world_size, env.host, os.getpid())
+    import torch
+
+    if config.runtime.device == "cuda":
+        device = torch.device("cuda", env.local_rank)  # the local index, never the global one
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    from wan_dist import bench, pipeline
+    from wan_dist.output.record import RankReport
+
+    state["report"] = report = RankReport(env, device)
+    if config.task == "bench":
+        bench.run(config, env, device)
+        return
+    outputs = pipeline.generate(config, env, device, report)
+    for kind in sorted(outputs, key=lambda kind: kind == "mp4"):  # the video's path last
+        print(outputs[kind], flush=True)
+    logger.info("done: %s", outputs)
+
+
+def _record_failure(error: BaseException, env: RankEnv, run_dir: Path, log: Path, state: dict[str, Any]) -> None:
+    """Put the failure where the agent (our own, or torchrun's) finds it, and into this rank's log."""
+    from wan_dist.distributed.collectives import PeerLostError
+    from wan_dist.loading.tensor_files import CheckpointError
+
+    if isinstance(error, PeerLostError):
+        # Another rank failed first; its agent is about to end this one. Only if none does is this the failure.
+        logger.error("lost contact with another rank: %s", error)
+        time.sleep(_WAIT_FOR_AGENT_S)
+    error.add_note(f"rank {env.rank} on {env.host}; its log: {log}")
+    report = state.get("report")
+    failure = {
+        "time": time.time(),
+        "rank": env.rank,
+        "host": env.host,
+        "phase": report.phase if report else state["phase"],
+        "message": f"{type(error).__name__}: {error}",
+        "traceback": "".join(traceback.format_exception(error)),
+        "expected": isinstance(error, CheckpointError),
+        "log": str(log),
+    }
+    logger.error("failed in phase %s\n%s", failure["phase"], failure["traceback"])
+    _try(lambda: (run_dir / f"failure.rank{env.rank}.json").write_text(json.dumps(failure)))
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    _try(lambda: get_error_handler().record_exception(error))
+
+
+def _try(action: Callable[[], Any]) -> None:
+    """Run-down must go on where the disk is full or the folder gone."""
+    try:
+        action()
+    except OSError as error:
+        logger.error("while reporting a failure: %s", error)
+
+
+def main() -> NoReturn:
+    die_with_parent()
+    env = rank_env()
+    if env is None or len(sys.argv) != 2:
+        sys.exit("wan_dist.worker is started by the agent; type: wan-dist prompt=...")
+    run_rank(Path(sys.argv[1]), env)
+
+
+if __name__ == "__main__":
+    main()
