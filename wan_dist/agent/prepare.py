@@ -137,7 +137,7 @@ def _is_remote(source: Source) -> bool:
 
 def _model_refusal(name: str, problem: str) -> Refusal:
     remedy = "give the folder of a checkpoint in diffusers format with safetensors weights, or a hub id"
-    return Refusal("model.path", name, problem, remedy)
+    return Refusal("model.path", name, problem.removeprefix(f"{name}: "), remedy)
 
 
 def _request_against_checkpoint(
