@@ -6,7 +6,7 @@ from pathlib import Path
 # A checkout's launcher runs the checkout's package, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from wan_dist.cli.main import main  # noqa: E402
+from wan_dist.cli.main import main
 
 if __name__ == "__main__":
     main()

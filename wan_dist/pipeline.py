@@ -108,9 +108,7 @@ def _encode(
     def encode() -> None:
         if weights is None:
             return
-        encoder = fill(
-            weights, dtype=dtype, device=device, bytes_read=report.bytes_read, component="text_encoder"
-        )
+        encoder = fill(weights, dtype=dtype, device=device, bytes_read=report.bytes_read, component="text_encoder")
         negative = (config.negative_prompt or "") if branches == 2 else None
         encoded = encode_prompts(encoder, checkpoint.path / "tokenizer", str(config.prompt), negative, device)
         if encoded.shape != text.shape:
@@ -213,9 +211,7 @@ def _write_outputs(
     if vae_weights is not None:
         with report.timed("load"):
             dtype = getattr(torch, config.runtime.vae_dtype)
-            vae: Any = fill(
-                vae_weights, dtype=dtype, device=device, bytes_read=report.bytes_read, component="vae"
-            )
+            vae: Any = fill(vae_weights, dtype=dtype, device=device, bytes_read=report.bytes_read, component="vae")
         with report.timed("decode"):
             frames = decode_frames(vae, latents)
         with report.timed("write"):

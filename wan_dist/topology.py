@@ -54,5 +54,3 @@ def visible_gpus() -> int:
 def usable_cores() -> int:
     """CPU cores this process may run on (its affinity mask, which containers and Slurm narrow)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-

@@ -2,7 +2,7 @@
 
 import tempfile
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from math import prod
 from pathlib import Path
@@ -18,7 +18,7 @@ from wan_dist.planning.defaults import resolve
 from wan_dist.planning.degrees import AXES, choose_degrees, given_degrees, wanted_ranks
 from wan_dist.planning.refusal import Refusal, RefusedError
 from wan_dist.planning.video_shape import ModelShape
-from wan_dist.sampling.schedule import Step, build_schedule, is_guided
+from wan_dist.sampling.schedule import Step, is_guided
 from wan_dist.topology import slurm_step, visible_gpus
 
 DEFAULT_CPU_RANKS = 2
@@ -66,7 +66,9 @@ def check(config: Config, invocation: Invocation) -> Checked:
     config = deepcopy(config)
     normalise_switches(config)
     found = rules.value_refusals(config) + rules.request_refusals(config)
-    config.output.dir = str(Path(config.output.dir if config.output.dir is not None else invocation.default_dir).absolute())
+    config.output.dir = str(
+        Path(config.output.dir if config.output.dir is not None else invocation.default_dir).absolute()
+    )
     found += _output_dir_refusals(Path(config.output.dir))
 
     source, heads, guided = None, config.bench.heads, config.bench.guidance
@@ -189,7 +191,8 @@ def _place(config: Config, invocation: Invocation, heads: int, guided: bool) -> 
     found += rules.device_refusals(config, device=device, gpus=gpus, local_ranks=local_ranks)
     runtime.device, runtime.ranks = device, ranks
     runtime.dtype = runtime.dtype or ("bfloat16" if device == "cuda" else "float32")
-    config.parallelism = replace(parallelism, **{axis: degrees[axis] for axis in AXES})
+    for axis in AXES:
+        setattr(parallelism, axis, degrees[axis])
     return found
 
 

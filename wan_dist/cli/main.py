@@ -133,7 +133,9 @@ def _hydra(
 
         hydra_cfg = HydraConfig.get()
         job_dir = Path(hydra_cfg.runtime.output_dir) if hydra_cfg.mode == RunMode.MULTIRUN else None
-        codes.append(_outcome(lambda: run(_typed(cfg), invocation(_names_model(hydra_cfg.overrides.task, cfg), job_dir))))
+        codes.append(
+            _outcome(lambda: run(_typed(cfg), invocation(_names_model(hydra_cfg.overrides.task, cfg), job_dir)))
+        )
 
     import hydra
 

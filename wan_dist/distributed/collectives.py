@@ -25,9 +25,7 @@ def _run(axis: Axis, name: str, collective: Callable[[], Any]) -> None:
         raise PeerLostError(f"{name} over axis {axis.name!r} failed: {error}") from error
 
 
-def all_to_all(
-    axis: Axis, send: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]
-) -> torch.Tensor:
+def all_to_all(axis: Axis, send: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> torch.Tensor:
     """Exchange the parts of a flat contiguous tensor: `send_sizes[r]` elements go to rank r of the axis.
 
     Returns the flat concatenation of what came, `receive_sizes[r]` elements from rank r.

@@ -19,9 +19,7 @@ def agent_store(timeout_s: float) -> dist.Store:
 
 
 @contextmanager
-def process_group(
-    env: RankEnv, degrees: dict[str, int], device: torch.device, timeout_s: float
-) -> Iterator[Mesh]:
+def process_group(env: RankEnv, degrees: dict[str, int], device: torch.device, timeout_s: float) -> Iterator[Mesh]:
     """The mesh of a run, for as long as its process group lives.
 
     A DeviceMesh that outlives its group aborts the interpreter at exit ("terminate called without an active

@@ -45,7 +45,9 @@ class Source:
         if path.exists():
             return path.absolute()
         if not _HUB_ID.fullmatch(self.name):
-            hint = "; ~ is the shell's to expand, and it does so only at the start of a word" * self.name.startswith("~")
+            hint = "; ~ is the shell's to expand, and it does so only at the start of a word" * self.name.startswith(
+                "~"
+            )
             raise CheckpointError(f"{self.name}: no such folder, and not of the form of a hub id (owner/name){hint}")
         # A hub that cannot be reached must not hold up the refusal: one short try instead of the default's several.
         os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "3")

@@ -133,9 +133,7 @@ def read_component(folder: Path) -> dict[str, TensorEntry]:
         if name not in tensors:
             raise CheckpointError(f"{folder / shard}: tensor {name!r} is missing; the index places it there")
         if tensors[name].file.name != shard:
-            raise CheckpointError(
-                f"{tensors[name].file}: tensor {name!r} is here, but the index places it in {shard}"
-            )
+            raise CheckpointError(f"{tensors[name].file}: tensor {name!r} is here, but the index places it in {shard}")
     return tensors
 
 

@@ -62,12 +62,15 @@ def match_weights(module: torch.nn.Module, folder: Path, ignore_unexpected: Iter
     for name, tensor in _persistent_tensors(module):
         names_of[id(tensor)].append(name)
         tensor_of[id(tensor)] = tensor
-    places, used = [], set()
+    places: list[tuple[tuple[str, ...], TensorEntry]] = []
+    used: set[str] = set()
     for key, names in names_of.items():
         found = [entries[name] for name in names if name in entries]
         if not found:
             files = ", ".join(sorted({entry.file.name for entry in entries.values()}))
-            raise CheckpointError(f"{folder} ({files}): tensor {names[0]!r} is missing; {type(module).__name__} needs it")
+            raise CheckpointError(
+                f"{folder} ({files}): tensor {names[0]!r} is missing; {type(module).__name__} needs it"
+            )
         used.update(entry.name for entry in found)
         for entry in found:
             if entry.shape != tuple(tensor_of[key].shape):

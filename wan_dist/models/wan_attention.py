@@ -10,13 +10,15 @@ import torch
 from wan_dist.distributed.mesh import Axis
 from wan_dist.layers.attention import Attend, ulysses_attention
 from wan_dist.layers.remember import Remembered
+from wan_dist.layers.rows import pad_rows, query_rows
 
 
 class Rotary(NamedTuple):
-    """What the rope module hands to every block: `table_lD` of this rank's tokens (complex64 `[1, l, 1, D/2]`) and
-    the number of tokens on all ranks."""
+    """What the rope module hands to every block: `table_lD` of this rank's tokens (complex64 `[1, l, 1, D/2]`), their
+    number, and the number of tokens on all ranks."""
 
     table_lD: torch.Tensor
+    mine: int
     tokens: int
 
 
@@ -45,12 +47,18 @@ class SequenceParallelSelfAttention:
         rotary_emb: Rotary | None = None,
     ) -> torch.Tensor:
         assert rotary_emb is not None and encoder_hidden_states is None and attention_mask is None
-        heads = (attn.heads, -1)
-        q = rotate(attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads), rotary_emb.table_lD)
-        k = rotate(attn.norm_k(attn.to_k(hidden_states)).unflatten(2, heads), rotary_emb.table_lD)
-        v = attn.to_v(hidden_states).unflatten(2, heads)
+        rows, mine = hidden_states.shape[1], rotary_emb.mine  # rows beyond `mine` are padding and stay here
+        q, k, v = (
+            x[:, :mine].unflatten(2, (attn.heads, -1))
+            for x in (
+                attn.norm_q(attn.to_q(hidden_states)),
+                attn.norm_k(attn.to_k(hidden_states)),
+                attn.to_v(hidden_states),
+            )
+        )
+        q, k = rotate(q, rotary_emb.table_lD), rotate(k, rotary_emb.table_lD)
         out = ulysses_attention(q, k, v, self.axis, rotary_emb.tokens, self.attend)
-        return attn.to_out[0](out.flatten(2, 3))
+        return attn.to_out[0](pad_rows(out.flatten(2, 3), rows))
 
 
 class RememberingCrossAttention:
@@ -70,7 +78,7 @@ class RememberingCrossAttention:
         rotary_emb: Rotary | None = None,
     ) -> torch.Tensor:
         assert encoder_hidden_states is not None and attn.add_k_proj is None and attention_mask is None
-        heads = (attn.heads, -1)
+        heads, rows = (attn.heads, -1), hidden_states.shape[1]
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads)
         k, v = self.text_kv(
             encoder_hidden_states,
@@ -79,4 +87,5 @@ class RememberingCrossAttention:
                 attn.to_v(text).unflatten(2, heads),
             ),
         )
-        return attn.to_out[0](self.attend(q, k, v).flatten(2, 3))
+        out = self.attend(pad_rows(q, query_rows(rows, q.device)), k, v)[:, :rows]
+        return attn.to_out[0](out.flatten(2, 3))

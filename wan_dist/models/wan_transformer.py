@@ -17,6 +17,7 @@ from wan_dist.distributed.collectives import gather_dim
 from wan_dist.distributed.mesh import Axis
 from wan_dist.layers.attention import Attend
 from wan_dist.layers.remember import Remembered
+from wan_dist.layers.rows import pad_rows, rows_for
 from wan_dist.layers.sequence import split_range, split_sizes
 from wan_dist.models.wan_attention import RememberingCrossAttention, Rotary, SequenceParallelSelfAttention
 
@@ -53,13 +54,13 @@ class _SplitRotaryPosEmbed(WanRotaryPosEmbed):
     axis: Axis
     last: tuple[tuple[int, ...], Rotary] | None
 
-    def forward(self, hidden_states: torch.Tensor) -> Rotary:  # type: ignore[override]
+    def forward(self, hidden_states: torch.Tensor) -> Rotary:
         shape = tuple(hidden_states.shape[2:])
         if self.last is None or self.last[0] != shape:
             cos, sin = super().forward(hidden_states)  # [1, L, 1, D], each value twice
             begin, end = split_range(cos.shape[1], self.axis.size, self.axis.rank)
             table = torch.complex(cos[:, begin:end, :, 0::2].contiguous(), sin[:, begin:end, :, 1::2].contiguous())
-            self.last = shape, Rotary(table, cos.shape[1])
+            self.last = shape, Rotary(table, end - begin, cos.shape[1])
         return self.last[1]
 
 
@@ -69,17 +70,15 @@ def _split_rope(model: WanTransformer3DModel, axis: Axis) -> None:
 
 
 def _split_sequence(model: WanTransformer3DModel, axis: Axis) -> None:
-    if axis.size == 1:
-        return
     lengths: list[int] = []  # tokens of each rank in the forward that is running
 
     def keep_my_tokens(_block: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden = args[0]
-        lengths[:] = split_sizes(hidden.shape[1], axis.size)
-        return (hidden.split(lengths, dim=1)[axis.rank].contiguous(), *args[1:])
+        lengths[:] = split_sizes(args[0].shape[1], axis.size)
+        mine = args[0].split(lengths, dim=1)[axis.rank]
+        return (pad_rows(mine, rows_for(mine.shape[1], mine.device)), *args[1:])
 
     def gather_tokens(_proj: torch.nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        return gather_dim(axis, output, 1, lengths)
+        return gather_dim(axis, output[:, : lengths[axis.rank]], 1, lengths)
 
     model.blocks[0].register_forward_pre_hook(keep_my_tokens)
     model.proj_out.register_forward_hook(gather_tokens)

@@ -78,10 +78,17 @@ def request_refusals(config: Config) -> list[Refusal]:
             found.append(Refusal(key, ascii(text), "not valid UTF-8", "check the terminal's or the script's encoding"))
     name = config.output.name
     if not name or name in (".", "..") or "/" in name or "\0" in name:
-        found.append(Refusal("output.name", name, "not a file name", "use letters, without '/'; output.dir is the folder"))
+        found.append(
+            Refusal("output.name", name, "not a file name", "use letters, without '/'; output.dir is the folder")
+        )
     elif len(name.encode("utf-8", "surrogateescape")) + _LONGEST_SUFFIX > 255:
         found.append(
-            Refusal("output.name", name, f"{len(name)} characters are too long", f"use {255 - _LONGEST_SUFFIX} bytes at most")
+            Refusal(
+                "output.name",
+                name,
+                f"{len(name)} characters are too long",
+                f"use {255 - _LONGEST_SUFFIX} bytes at most",
+            )
         )
     if not config.output.formats:
         found.append(Refusal("output.formats", "[]", "nothing would be written", "use mp4, frames, latents"))
