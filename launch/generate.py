@@ -1,4 +1,4 @@
-"""Run under torchrun: `torchrun --nproc-per-node 8 launch/generate.py prompt="a cat surfing" parallelism=cfg2_ulysses4`."""
+"""The file to point torchrun at: `torchrun --nproc-per-node 8 launch/generate.py prompt="a cat surfing"`."""
 
 import sys
 from pathlib import Path

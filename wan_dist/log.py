@@ -17,12 +17,11 @@ def rank_log_path(run_dir: Path, rank: int) -> Path:
 
 
 def log_to_file(path: Path, rank: int) -> None:
-    """Send the log of this rank to `path` (appended)."""
+    """Send the log of this rank to `path` (appended), and nowhere else (under torchrun Hydra has set a terminal)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
+    logging.getLogger().handlers[:] = [handler]
     logger.setLevel(logging.INFO)
 
 

@@ -6,6 +6,7 @@ than 0 leave after denoising, so that none of them waits in a collective for a l
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from wan_dist.config.schema import Config
 from wan_dist.distributed.collectives import broadcast, gather_objects
-from wan_dist.distributed.mesh import Axis, Mesh
+from wan_dist.distributed.mesh import AXES, Mesh
 from wan_dist.distributed.process_group import process_group
 from wan_dist.layers.attention import attention_kernel
 from wan_dist.loading.checkpoint import Checkpoint, fingerprint, open_checkpoint
@@ -33,28 +34,44 @@ from wan_dist.sampling.solvers import scheduled
 from wan_dist.topology import RankEnv
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What every phase needs to know. config: frozen, every null resolved."""
+
+    config: Config
+    checkpoint: Checkpoint
+    schedule: list[Step]
+    mesh: Mesh
+    device: torch.device
+    report: RankReport
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, str(self.config.runtime.dtype))
+
+
 @torch.no_grad()
 def generate(config: Config, env: RankEnv, device: torch.device, report: RankReport) -> dict[str, str]:
     """One video. Returns the files written, by kind, on rank 0 (empty elsewhere).
 
-    config: frozen, every null resolved. Raises CheckpointError on every rank if any rank's files are at fault.
+    Raises CheckpointError on every rank if any rank's files are at fault.
     """
     checkpoint = open_checkpoint(Path(str(config.model.path)))
     scheduler, schedule = scheduled(config.sampler, checkpoint.scheduler, device)
-    degrees = {axis: getattr(config.parallelism, axis) for axis in ("dp", "cfg", "ring", "ulysses", "tp")}
+    degrees = {axis: getattr(config.parallelism, axis) for axis in AXES}
     with process_group(env, degrees, device, config.runtime.timeout_s) as mesh:
+        run = _Run(config, checkpoint, schedule, mesh, device, report)
         with report.timed("check"):
-            weights = on_every_rank(mesh.world, lambda: _match_components(checkpoint, schedule, config, env.rank))
+            weights = on_every_rank(mesh.world, lambda: _match_components(run))
         with report.timed("encode"):
-            text = _encode(config, checkpoint, weights.get("text_encoder"), schedule, mesh.world, device, report)
-            weights.pop("text_encoder", None)
+            text = _encode(run, weights.pop("text_encoder", None))
         with report.timed("load"):
-            predict = _load_experts(config, weights, text, mesh, device, report)
+            predict = _load_experts(run, weights, text)
         with report.timed("denoise"):
-            latents = _denoise(config, checkpoint, scheduler, schedule, predict, mesh, device, report)
-        ranks = gather_objects(mesh.world, report.as_dict(mesh.traffic))
+            latents = _denoise(run, scheduler, predict)
         traffic = mesh.traffic
-        del predict, mesh
+        ranks = gather_objects(mesh.world, report.as_dict(traffic))
+        del run, predict, mesh
     if env.rank != 0:
         return {}
     outputs = _write_outputs(config, weights.get("vae"), latents, device, report)
@@ -64,7 +81,7 @@ def generate(config: Config, env: RankEnv, device: torch.device, report: RankRep
         record,
         config,
         fingerprint=fingerprint(checkpoint),
-        plan=_plan(list(weights)),
+        plan=_plan(["text_encoder", *weights]),
         report=report,
         outputs=outputs,
         ranks=ranks,
@@ -72,124 +89,101 @@ def generate(config: Config, env: RankEnv, device: torch.device, report: RankRep
     return {**outputs, "record": str(record)}
 
 
-def _match_components(
-    checkpoint: Checkpoint, schedule: list[Step], config: Config, rank: int
-) -> dict[str, MatchedWeights]:
+def _match_components(run: _Run) -> dict[str, MatchedWeights]:
     """Every component this rank will load, checked name by name before anything is read."""
-    matched = {}
-    for name in sorted({step.expert for step in schedule}):
+    checkpoint, matched = run.checkpoint, {}
+    for name in sorted({step.expert for step in run.schedule}):
         model = meta_transformer(checkpoint.configs[name])
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         matched[name] = match_weights(model, checkpoint.path / name, ignored)
-    if rank == 0:
+    if run.mesh.world.rank == 0:
         folder = checkpoint.path / "text_encoder"
         encoder = meta_text_encoder(folder, checkpoint.index["text_encoder"][1])
         matched["text_encoder"] = match_weights(encoder, folder, encoder._keys_to_ignore_on_load_unexpected or ())
-        if {"mp4", "frames"} & set(config.output.formats):
+        if {"mp4", "frames"} & set(run.config.output.formats):
             matched["vae"] = match_weights(meta_vae(checkpoint.configs["vae"]), checkpoint.path / "vae")
     return matched
 
 
-def _encode(
-    config: Config,
-    checkpoint: Checkpoint,
-    weights: MatchedWeights | None,
-    schedule: list[Step],
-    world: Axis,
-    device: torch.device,
-    report: RankReport,
-) -> list[torch.Tensor]:
-    """The prompt's embedding and, where a step is guided, the negative prompt's: `[1, 512, width]` each, all ranks."""
-    dtype = getattr(torch, str(config.runtime.dtype))
-    branches = 2 if any(step.guided for step in schedule) else 1
+def _encode(run: _Run, weights: MatchedWeights | None) -> list[torch.Tensor]:
+    """The prompt's embedding and, where a step is guided, the negative prompt's: `[1, 512, width]` each, all ranks.
+
+    weights: the text encoder's, on the rank that runs it; its memory is free again when this returns.
+    """
+    config, checkpoint = run.config, run.checkpoint
+    branches = 2 if any(step.guided for step in run.schedule) else 1
     width = checkpoint.transformer_config.get("text_dim", 4096)
-    text = torch.empty(branches, MAX_TEXT_TOKENS, width, dtype=dtype, device=device)
+    text = torch.empty(branches, MAX_TEXT_TOKENS, width, dtype=run.dtype, device=run.device)
 
     def encode() -> None:
         if weights is None:
             return
-        encoder = fill(weights, dtype=dtype, device=device, bytes_read=report.bytes_read, component="text_encoder")
+        read = run.report.bytes_read
+        encoder = fill(weights, dtype=run.dtype, device=run.device, bytes_read=read, component="text_encoder")
         negative = (config.negative_prompt or "") if branches == 2 else None
-        encoded = encode_prompts(encoder, checkpoint.path / "tokenizer", str(config.prompt), negative, device)
+        encoded = encode_prompts(encoder, checkpoint.path / "tokenizer", str(config.prompt), negative, run.device)
         if encoded.shape != text.shape:
             raise CheckpointError(
                 f"{checkpoint.path}: the text encoder gives width {encoded.shape[-1]}, the transformer wants {width}"
             )
         text.copy_(encoded)
 
-    on_every_rank(world, encode)
+    on_every_rank(run.mesh.world, encode)
     # Two tensors of their own, kept for the whole run: what is remembered of a prompt goes by its tensor's identity.
-    return [part.clone() for part in broadcast(world, text).split(1)]
+    return [part.clone() for part in broadcast(run.mesh.world, text).split(1)]
 
 
-def _load_experts(
-    config: Config,
-    weights: dict[str, MatchedWeights],
-    text: list[torch.Tensor],
-    mesh: Mesh,
-    device: torch.device,
-    report: RankReport,
-) -> Predict:
-    """Fill and parallelise the experts that the schedule uses; returns the prediction the loop calls."""
-    dtype = getattr(torch, str(config.runtime.dtype))
-    attend = attention_kernel(config.runtime.attention)
+def _load_experts(run: _Run, weights: dict[str, MatchedWeights], text: list[torch.Tensor]) -> Predict:
+    """Fill and parallelise the experts that the schedule uses; returns the prediction that the loop calls."""
+    attend = attention_kernel(run.config.runtime.attention)
     experts: dict[str, Any] = {}
     forget: dict[str, Callable[[], None]] = {}
-    for name in [name for name in weights if name.startswith("transformer")]:
-        model = weights[name].module
-        islands = model._keep_in_fp32_modules or ()
+    for name in sorted({step.expert for step in run.schedule}):
 
-        def load(name: str = name, islands: Any = islands) -> torch.nn.Module:
+        def load(name: str = name) -> torch.nn.Module:
+            islands = weights[name].module._keep_in_fp32_modules or ()
+            read = run.report.bytes_read
             return fill(
-                weights[name],
-                dtype=dtype,
-                device=device,
-                keep_fp32=islands,
-                bytes_read=report.bytes_read,
-                component=name,
+                weights[name], dtype=run.dtype, device=run.device, keep_fp32=islands, bytes_read=read, component=name
             )
 
-        experts[name] = on_every_rank(mesh.world, load)
-        forget[name] = parallelize_wan_transformer(experts[name], mesh["ulysses"], attend)
+        experts[name] = on_every_rank(run.mesh.world, load)
+        forget[name] = parallelize_wan_transformer(experts[name], run.mesh["ulysses"], attend)
 
     def predict(latents: torch.Tensor, timestep: torch.Tensor, step: Step, branch: int) -> torch.Tensor:
-        for other in set(forget) - {step.expert}:  # an expert that is done with needs its prompt no more
+        for other in set(forget) - {step.expert}:  # an expert that is done with needs the prompt no more
             forget[other]()
-        return experts[step.expert](
-            hidden_states=latents.to(dtype), timestep=timestep, encoder_hidden_states=text[branch], return_dict=False
-        )[0]
+        velocity, *_ = experts[step.expert](
+            hidden_states=latents.to(run.dtype),
+            timestep=timestep,
+            encoder_hidden_states=text[branch],
+            return_dict=False,
+        )
+        return velocity
 
     return predict
 
 
-def _denoise(
-    config: Config,
-    checkpoint: Checkpoint,
-    scheduler: Any,
-    schedule: list[Step],
-    predict: Predict,
-    mesh: Mesh,
-    device: torch.device,
-    report: RankReport,
-) -> torch.Tensor:
-    video, sampler = config.video, config.sampler
-    shape = ModelShape.from_configs(checkpoint.transformer_config, checkpoint.configs["vae"])
-    assert video.num_frames and video.height and video.width and sampler.seed is not None, "resolved before"
-    noise = initial_noise(shape.latent_shape(video.num_frames, video.height, video.width), sampler.seed)
-    progress = Progress(len(schedule)) if mesh.world.rank == 0 else None
+def _denoise(run: _Run, scheduler: Any, predict: Predict) -> torch.Tensor:
+    """From the seed's noise to the final latents, fp32 `[1, C, T, H, W]`, on every rank."""
+    video, seed = run.config.video, run.config.sampler.seed
+    shape = ModelShape.from_configs(run.checkpoint.transformer_config, run.checkpoint.configs["vae"])
+    assert video.num_frames and video.height and video.width and seed is not None, "resolved before"
+    noise = initial_noise(shape.latent_shape(video.num_frames, video.height, video.width), seed)
+    progress = Progress(len(run.schedule)) if run.mesh.world.rank == 0 else None
     last = time.perf_counter()
 
     def on_step(_step: Step) -> None:
         nonlocal last
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
         now = time.perf_counter()
-        report.steps.append(now - last)
+        run.report.steps.append(now - last)
         last = now
         if progress is not None:
             progress.step()
 
-    latents = denoise(noise.to(device), schedule, scheduler, predict, mesh["cfg"], on_step)
+    latents = denoise(noise.to(run.device), run.schedule, scheduler, predict, run.mesh["cfg"], on_step)
     if progress is not None:
         progress.close()
     return latents
@@ -202,7 +196,6 @@ def _write_outputs(
     costs the decoding alone."""
     folder, name, formats = Path(str(config.output.dir)), config.output.name, config.output.formats
     remove_leftovers(folder, name)
-    outputs: dict[str, str] = {}
     paths = {kind: output_path(folder, name, kind) for kind in ("latents", "frames", "mp4")}
     safety_copy = config.output.keep_latents and "latents" not in formats
     if "latents" in formats or safety_copy:
@@ -222,21 +215,16 @@ def _write_outputs(
                 write_mp4(paths["mp4"], frames, config.video.fps)
     if safety_copy:
         paths["latents"].unlink()
-    for kind in formats:
-        outputs[kind] = str(paths[kind])
-    return outputs
+    return {kind: str(paths[kind]) for kind in formats}
 
 
-def _plan(resident: list[str]) -> list[dict[str, str]]:
+def _plan(components: list[str]) -> list[dict[str, str]]:
     """Where each component lived: this version's one placement."""
-    reasons = {
+    on_all = ("resident", "every rank holds all weights")
+    placements = {
         "text_encoder": ("component", "on rank 0 while it encodes the prompt, freed before the transformer is loaded"),
-        "transformer": ("resident", "every rank holds all weights"),
-        "transformer_2": ("resident", "every rank holds all weights"),
+        "transformer": on_all,
+        "transformer_2": on_all,
         "vae": ("component", "on rank 0, loaded after denoising"),
     }
-    return [
-        {"component": name, "placement": reasons[name][0], "reason": reasons[name][1]}
-        for name in ("text_encoder", *resident)
-        if name in reasons
-    ]
+    return [{"component": name, "placement": placements[name][0], "reason": placements[name][1]} for name in components]

@@ -36,6 +36,7 @@ def die_with_parent() -> None:
 
 def run_rank(config_path: Path, env: RankEnv) -> NoReturn:
     """Run this rank's part of the frozen config's task and leave the process."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every rank; each just goes
     run_dir = config_path.parent
     log = rank_log_path(run_dir, env.rank)

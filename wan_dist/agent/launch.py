@@ -59,12 +59,10 @@ def launch(config_path: Path, ranks: int) -> None:
         shutdown_timeout=_SHUTDOWN_S,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
-    threads = str(max(1, usable_cores() // ranks))
     failed: list[tuple[int, int]] = []
-    variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), "PYTHONUNBUFFERED": "1"}
-    with environment(**variables), _signal_handlers_kept():
-        try:
-            elastic_launch(launch_config, sys.executable)("-u", "-m", "wan_dist.worker", str(config_path))
+    with environment(**_rank_variables(ranks)), _signal_handlers_kept():
+        try:  # -P: a file in the user's folder must not be imported in place of a library
+            elastic_launch(launch_config, sys.executable)("-P", "-u", "-m", "wan_dist.worker", str(config_path))
         except ChildFailedError as error:
             failed = [(rank, failure.exitcode) for rank, failure in error.failures.items()]
         except SignalException as error:
@@ -72,6 +70,15 @@ def launch(config_path: Path, ranks: int) -> None:
     if failed:
         run_dir = config_path.parent
         raise RunFailedError(describe(root_cause([_failure(run_dir, rank, code) for rank, code in failed]), run_dir))
+
+
+def _rank_variables(ranks: int) -> dict[str, str]:
+    """Threads for each rank unless the user said how many; a checkout that is not installed made importable."""
+    variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))}
+    root = str(Path(__file__).resolve().parents[2])
+    if "site-packages" not in root:
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return variables
 
 
 @contextmanager

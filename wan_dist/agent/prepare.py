@@ -90,14 +90,17 @@ def check(config: Config, invocation: Invocation) -> Checked:
     return Checked(config, source, prod(degrees.values()))
 
 
-def freeze_run(checked: Checked) -> Path:
-    """Fetch or build the checkpoint, make a fresh run directory, and write the frozen config: returns its path."""
+def freeze_run(checked: Checked, *, fresh: bool = True) -> Path:
+    """Fetch or build the checkpoint, make the run directory, and write the frozen config: returns its path.
+
+    fresh: remove what an earlier run of the name logged there (not where another node of this run has begun).
+    """
     config = deepcopy(checked.config)
     if checked.source is not None:
         try:
             folder = checked.source.complete()
             problems = weight_problems(open_checkpoint(folder))
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             problems = [str(error)]
         if problems:
             raise RefusedError([_model_refusal(checked.source.name, problem) for problem in problems])
@@ -105,7 +108,7 @@ def freeze_run(checked: Checked) -> Path:
     directory = run_dir(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for stale in [*directory.glob("rank*.log"), *directory.glob("failure.rank*.json")]:
+        for stale in [*directory.glob("rank*.log"), *directory.glob("failure.rank*.json")] if fresh else []:
             stale.unlink()
         scratch = directory / "config.yaml.tmp"
         scratch.write_text(freeze.to_yaml(config), encoding="utf-8")

@@ -28,6 +28,8 @@ FAILED, REFUSED = 1, 2
 
 def main() -> NoReturn:
     """The `wan-dist` command, `python -m wan_dist`, and `launch/generate.py` under torchrun."""
+    for stream in (sys.stdout, sys.stderr):  # a path or prompt that the terminal's encoding lacks is no reason to fail
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     env = rank_env()
     if env is None:
         sys.exit(_command(sys.argv[1:]))
@@ -91,11 +93,13 @@ def _compose_for_node(arguments: Sequence[str], env: RankEnv, store: Any) -> str
         return f"exit {REFUSED}"
     if env.rank == 0:
         store.set("wan_dist/run_id", run_id(env.run_id))
+    elif (first := store.get("wan_dist/frozen/0").decode()).startswith("exit "):
+        return first  # the first node has said why
     name = store.get("wan_dist/run_id").decode()
     frozen: list[Path] = []
 
     def run(config: Config, invocation: Invocation) -> None:
-        frozen.append(freeze_run(check(config, invocation)))
+        frozen.append(freeze_run(check(config, invocation), fresh=env.rank == 0))
 
     default_dir = Path("outputs") / name
     code = _hydra(arguments, run, default_dir=default_dir, world=env.world_size, local_ranks=env.local_world_size)

@@ -112,4 +112,7 @@ def write_record(
         "ranks": ranks,
     }
     with atomic(target) as scratch:
-        scratch.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        scratch.write_bytes(
+            text.encode("utf-8", "backslashreplace")
+        )  # a path need not be UTF-8; JSON has \udcXX for it

@@ -135,6 +135,10 @@ def checkpoint_refusals(checkpoint: Checkpoint, key: str, name: str) -> list[Ref
             found.append(Refusal(key, name, why, "this version runs WanTransformer3DModel"))
     if kinds["vae"] != "AutoencoderKLWan":
         found.append(Refusal(key, name, f"its vae is a {kinds['vae']}", "this version runs AutoencoderKLWan"))
+    encoder = checkpoint.index["text_encoder"][1]
+    if encoder not in ("UMT5EncoderModel", "T5EncoderModel"):
+        why = f"its text encoder is a {encoder}"
+        found.append(Refusal(key, name, why, "this version runs UMT5EncoderModel and T5EncoderModel"))
     if "image_encoder" in kinds or any(checkpoint.configs[e].get("image_dim") for e in checkpoint.experts):
         why = "it wants an image, which is not yet available in this version"
         found.append(Refusal(key, name, why, "use a text-to-video checkpoint"))
