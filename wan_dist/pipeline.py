@@ -7,6 +7,7 @@ than 0 leave after denoising, so that none of them waits in a collective for a l
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,15 @@ def generate(config: Config, env: RankEnv, device: torch.device, report: RankRep
     """
     checkpoint = open_checkpoint(Path(str(config.model.path)))
     scheduler, schedule = scheduled(config.sampler, checkpoint.scheduler, device)
+    folder = Path(str(config.output.dir))
+    if env.rank == 0:
+        remove_leftovers(folder, config.output.name)
     degrees = {axis: getattr(config.parallelism, axis) for axis in AXES}
     with process_group(env, degrees, device, config.runtime.timeout_s) as mesh:
         run = _Run(config, checkpoint, schedule, mesh, device, report)
         with report.timed("check"):
-            weights = on_every_rank(mesh.world, lambda: _match_components(run))
+            weights = on_every_rank(mesh.world, partial(_match_components, run))
+        plan = _plan(["text_encoder", *weights])
         with report.timed("encode"):
             text = _encode(run, weights.pop("text_encoder", None))
         with report.timed("load"):
@@ -71,17 +76,17 @@ def generate(config: Config, env: RankEnv, device: torch.device, report: RankRep
             latents = _denoise(run, scheduler, predict)
         traffic = mesh.traffic
         ranks = gather_objects(mesh.world, report.as_dict(traffic))
-        del run, predict, mesh
+        del run, predict, mesh  # the experts' memory is the VAE's from here on
     if env.rank != 0:
         return {}
     outputs = _write_outputs(config, weights.get("vae"), latents, device, report)
     ranks[0] = report.as_dict(traffic)
-    record = output_path(Path(str(config.output.dir)), config.output.name, "record")
+    record = output_path(folder, config.output.name, "record")
     write_record(
         record,
         config,
         fingerprint=fingerprint(checkpoint),
-        plan=_plan(["text_encoder", *weights]),
+        plan=plan,
         report=report,
         outputs=outputs,
         ranks=ranks,
@@ -134,19 +139,19 @@ def _encode(run: _Run, weights: MatchedWeights | None) -> list[torch.Tensor]:
 
 
 def _load_experts(run: _Run, weights: dict[str, MatchedWeights], text: list[torch.Tensor]) -> Predict:
-    """Fill and parallelise the experts that the schedule uses; returns the prediction that the loop calls."""
+    """Fill and parallelise the experts that the schedule uses; returns the prediction that the loop calls.
+
+    They are taken out of `weights`: the prediction alone keeps them, so that they are gone when it is.
+    """
     attend = attention_kernel(run.config.runtime.attention)
     experts: dict[str, Any] = {}
     forget: dict[str, Callable[[], None]] = {}
     for name in sorted({step.expert for step in run.schedule}):
-
-        def load(name: str = name) -> torch.nn.Module:
-            islands = weights[name].module._keep_in_fp32_modules or ()
-            read = run.report.bytes_read
-            return fill(
-                weights[name], dtype=run.dtype, device=run.device, keep_fp32=islands, bytes_read=read, component=name
-            )
-
+        matched, read = weights.pop(name), run.report.bytes_read
+        islands = matched.module._keep_in_fp32_modules or ()
+        load = partial(
+            fill, matched, dtype=run.dtype, device=run.device, keep_fp32=islands, bytes_read=read, component=name
+        )
         experts[name] = on_every_rank(run.mesh.world, load)
         forget[name] = parallelize_wan_transformer(experts[name], run.mesh["ulysses"], attend)
 
@@ -195,7 +200,6 @@ def _write_outputs(
     """Write the formats that were asked for. The latents are on disk before decoding starts, so that a failure there
     costs the decoding alone."""
     folder, name, formats = Path(str(config.output.dir)), config.output.name, config.output.formats
-    remove_leftovers(folder, name)
     paths = {kind: output_path(folder, name, kind) for kind in ("latents", "frames", "mp4")}
     safety_copy = config.output.keep_latents and "latents" not in formats
     if "latents" in formats or safety_copy:

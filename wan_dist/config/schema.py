@@ -14,14 +14,14 @@ def one_of(default: Any, *values: str) -> Any:
     return field(default=default, metadata={"choices": values})
 
 
-def at_least(default: Any, low: float, *, above: bool = False) -> Any:
-    """A number that must be finite and `>= low` (`> low` where `above`)."""
-    return field(default=default, metadata={"low": low, "above": above})
+def at_least(default: Any, low: float, high: float = float("inf"), *, above: bool = False) -> Any:
+    """A number that must be finite, `>= low` (`> low` where `above`) and `<= high`."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above})
 
 
 def finite(default: Any = None) -> Any:
     """A number that must be neither infinite nor NaN."""
-    return field(default=default, metadata={"low": float("-inf"), "above": False})
+    return at_least(default, float("-inf"))
 
 
 @dataclass(kw_only=True)
@@ -36,7 +36,7 @@ class RecipeConfig:
     height: int | None = at_least(None, 1)
     width: int | None = at_least(None, 1)
     num_frames: int | None = at_least(None, 1)
-    fps: float | None = at_least(None, 0, above=True)
+    fps: float | None = at_least(None, 0.1, 1000)  # what H.264 players and time bases bear
 
 
 @dataclass(kw_only=True)
@@ -64,7 +64,7 @@ class VideoConfig:
     height: int | None = at_least(None, 1)
     width: int | None = at_least(None, 1)
     num_frames: int | None = at_least(None, 1)
-    fps: float | None = at_least(None, 0, above=True)
+    fps: float | None = at_least(None, 0.1, 1000)  # what H.264 players and time bases bear
 
 
 @dataclass(kw_only=True)
@@ -117,7 +117,7 @@ class RuntimeConfig:
     vae_dtype: str = one_of("float32", "float32", "bfloat16")
     vae_channels_last: str = one_of("auto", "auto", "on", "off")
     ranks: int | None = at_least(None, 1)
-    timeout_s: float = at_least(600.0, 0, above=True)
+    timeout_s: float = at_least(600.0, 0, 1e6, above=True)
     stall_timeout_s: float | None = at_least(None, 0, above=True)
     compile: bool = False
     attention: str = one_of("auto", "auto", "flash", "efficient", "cudnn", "math")

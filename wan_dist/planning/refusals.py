@@ -56,13 +56,24 @@ def value_refusals(config: Config) -> list[Refusal]:
             choices, low = rule.get("choices"), rule.get("low")
             if choices and item not in choices:
                 found.append(Refusal(key, item, "not one of its values", f"use {', '.join(choices)}"))
-            elif low is not None and not (math.isfinite(item) and (item > low if rule["above"] else item >= low)):
-                bound = "finite" if low == -math.inf else f"{'above' if rule['above'] else 'at least'} {low:g}"
-                found.append(Refusal(key, item, "outside its limits", f"it must be {bound}"))
+            elif low is not None and not _within(item, rule):
+                found.append(Refusal(key, item, "outside its limits", f"it must be {_limits(rule)}"))
             elif key in _AVAILABLE and value not in _AVAILABLE[key]:
                 able = ", ".join("null" if v is None else str(v) for v in _AVAILABLE[key])
                 found.append(Refusal(key, value, "not yet available in this version", f"use {able}"))
     return found
+
+
+def _within(value: float, rule: dict[str, Any]) -> bool:
+    above_low = value > rule["low"] if rule["above"] else value >= rule["low"]
+    return math.isfinite(value) and above_low and value <= rule["high"]
+
+
+def _limits(rule: dict[str, Any]) -> str:
+    """`finite`, `at least 1`, `above 0 and at most 1e+06`."""
+    low = [] if rule["low"] == -math.inf else [f"{'above' if rule['above'] else 'at least'} {rule['low']:g}"]
+    high = [] if rule["high"] == math.inf else [f"at most {rule['high']:g}"]
+    return " and ".join(low + high) or "finite"
 
 
 def request_refusals(config: Config) -> list[Refusal]:

@@ -52,7 +52,7 @@ class ModelShape:
 
 
 def nearest_multiples(value: int, multiple: int, offset: int = 0) -> list[int]:
-    """The legal values `k * multiple + offset` next below and next above `value`; those `<= 0` are left out.
+    """The legal values `k * multiple + offset` next below and next above `value`, of those above 0.
 
     >>> nearest_multiples(65, 16)
     [64, 80]
@@ -60,4 +60,4 @@ def nearest_multiples(value: int, multiple: int, offset: int = 0) -> list[int]:
     [77, 81]
     """
     below = (value - offset) // multiple * multiple + offset
-    return [legal for legal in (below, below + multiple) if legal > 0]
+    return [legal for legal in (below, below + multiple) if legal > 0] or [offset or multiple]
