@@ -44,7 +44,8 @@ def slurm_step(env: Mapping[str, str] = os.environ) -> str | None:
 
 def visible_gpus() -> int:
     """GPUs that torch would use on this node; torch is imported only where a device file says it is worth it."""
-    if not glob.glob("/dev/nvidia[0-9]*") and not os.path.exists("/dev/kfd"):  # noqa: PTH110, PTH207
+    device_files = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, WSL
+    if not any(glob.glob(pattern) for pattern in device_files):  # noqa: PTH207
         return 0
     import torch
 

@@ -128,16 +128,12 @@ def _open(config: Config, invocation: Invocation) -> tuple[Source, Checkpoint | 
         config.model.name = None
     try:
         checkpoint = open_checkpoint(source.configs())
-        found = [] if _is_remote(source) else [_model_refusal(source.name, p) for p in weight_problems(checkpoint)]
+        here = Path(source.name).is_dir() and not source.name.startswith("built:")
+        found = [_model_refusal(source.name, p) for p in weight_problems(checkpoint)] if here else []
         found += rules.checkpoint_refusals(checkpoint, "model.path", source.name)
     except CheckpointError as error:
         return source, None, [_model_refusal(source.name, str(error))]
     return source, None if found else checkpoint, found
-
-
-def _is_remote(source: Source) -> bool:
-    """Whether its weights are yet to come when its configs can be read."""
-    return source.name.startswith("built:") or not Path(source.name).exists()
 
 
 def _model_refusal(name: str, problem: str) -> Refusal:
@@ -202,9 +198,9 @@ def _place(config: Config, invocation: Invocation, heads: int, guided: bool) -> 
 def _output_dir_refusals(directory: Path) -> list[Refusal]:
     """Try the nearest folder that exists: a file that vanishes is written there, and nothing stays behind."""
     nearest = directory
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
     try:
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
         if not nearest.is_dir():
             raise NotADirectoryError(f"{nearest} is not a folder")
         with tempfile.TemporaryFile(dir=nearest):

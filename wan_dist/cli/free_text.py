@@ -6,11 +6,14 @@ into a quoted string of that grammar that stands for exactly the characters the 
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
-from wan_dist.config.schema import FREE_TEXT
+from wan_dist.config.schema import FREE_TEXT, Config
 
 _FREE_TEXT_OVERRIDE = re.compile(rf"(\+{{0,2}})({'|'.join(map(re.escape, FREE_TEXT))})=(.*)", re.DOTALL)
 _QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+# OmegaConf reads the value `???` as "missing", and has no escape for it; a private-use character in front is ours.
+_MISSING, _GUARD = "???", "\ue000"
 _QUOTED_LIST = re.compile(rf"\s*{_QUOTED}(?:\s*,\s*{_QUOTED})+\s*", re.DOTALL)
 
 
@@ -19,12 +22,26 @@ def literal(text: str) -> str:
 
     Two readers come after the shell. Hydra's lexer: inside single quotes a backslash is itself unless it stands
     before a quote or at the end, where a run of them must be doubled. OmegaConf: `${` opens an interpolation unless
-    escaped, and a run of backslashes before it must be doubled to stay.
+    escaped, and a run of backslashes before it must be doubled to stay. `unguard` undoes what is left.
     """
+    if text == _MISSING or text.startswith(_GUARD):
+        text = _GUARD + text
     text = re.sub(r"(\\*)\$\{", lambda m: m.group(1) * 2 + r"\${", text)
     text = re.sub(r"(\\*)'", lambda m: m.group(1) * 2 + r"\'", text)
     text = re.sub(r"(\\+)\Z", lambda m: m.group(1) * 2, text)
     return f"'{text}'"
+
+
+def unguard(config: Config) -> None:
+    """Take the guard off the composed config's free text, in place: the last step of its way through OmegaConf."""
+    for key in FREE_TEXT:
+        *path, leaf = key.split(".")
+        node: Any = config
+        for part in path:
+            node = getattr(node, part)
+        text = getattr(node, leaf)
+        if text is not None:
+            setattr(node, leaf, text.removeprefix(_GUARD))
 
 
 def literal_overrides(arguments: Sequence[str], *, multirun: bool) -> list[str]:
@@ -42,4 +59,4 @@ def literal_overrides(arguments: Sequence[str], *, multirun: bool) -> list[str]:
 
 def is_multirun(arguments: Sequence[str]) -> bool:
     """Whether Hydra would take this command line for a sweep (its parser accepts abbreviated flags)."""
-    return any(a == "-m" or (len(a) > 3 and "--multirun".startswith(a)) for a in arguments)
+    return any(a == "-m" or (len(a) > 2 and "--multirun".startswith(a)) for a in arguments)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from wan_dist.agent.launch import InterruptedRunError, RunFailedError, launch
 from wan_dist.agent.prepare import Checked, Invocation, check, freeze_run, run_id
-from wan_dist.cli.free_text import is_multirun, literal_overrides
+from wan_dist.cli.free_text import is_multirun, literal_overrides, unguard
 from wan_dist.cli.overrides import check_overrides
 from wan_dist.config.normalise import normalise_switches
 from wan_dist.config.schema import Config
@@ -183,6 +183,7 @@ def _typed(cfg: Any) -> Config:
         why = str(error).splitlines()[0]
         raise RefusedError([Refusal(key, "?", why, "see conf/README.md for every key")]) from error
     assert isinstance(config, Config)
+    unguard(config)
     normalise_switches(config)
     return config
 

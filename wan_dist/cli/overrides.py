@@ -16,7 +16,7 @@ _GROUP_NAMES = (*GROUPS, "experiment")
 def check_overrides(overrides: Sequence[str]) -> tuple[list[Refusal], list[str]]:
     """The refusals, and the overrides that have none. What Hydra's parser cannot read is left for Hydra to explain."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
+    from hydra.errors import HydraException
 
     parser = OverridesParser.create()
     refusals: list[Refusal] = []
@@ -24,7 +24,7 @@ def check_overrides(overrides: Sequence[str]) -> tuple[list[Refusal], list[str]]
     for text in overrides:
         try:
             found = _check(parser.parse_override(text))
-        except OverrideParseException:
+        except HydraException:
             found = []
         refusals += found
         if not found:

@@ -42,13 +42,16 @@ class Source:
 
     def _folder_or_hub(self, patterns: list[str]) -> Path:
         path = Path(self.name)
-        if path.exists():
-            return path.absolute()
+        try:
+            if path.exists():
+                return path.absolute()
+        except OSError as error:
+            raise CheckpointError(f"{self.name}: cannot be looked up ({error.strerror})") from error
         if not _HUB_ID.fullmatch(self.name):
-            hint = "; ~ is the shell's to expand, and it does so only at the start of a word" * self.name.startswith(
-                "~"
-            )
-            raise CheckpointError(f"{self.name}: no such folder, and not of the form of a hub id (owner/name){hint}")
+            why = "no such folder, and not of the form of a hub id (owner/name)"
+            if self.name.startswith("~"):
+                why += "; ~ is the shell's to expand, and it does so only at the start of a word"
+            raise CheckpointError(f"{self.name}: {why}")
         # A hub that cannot be reached must not hold up the refusal: one short try instead of the default's several.
         os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "3")
         from huggingface_hub import snapshot_download

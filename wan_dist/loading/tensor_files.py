@@ -92,8 +92,16 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{file}: damaged safetensors header ({error})") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: damaged safetensors header (not a table)")
     header.pop("__metadata__", None)
-    return {name: _entry(file, name, spec, 8 + length, size) for name, spec in header.items()}
+    entries = {name: _entry(file, name, spec, 8 + length, size) for name, spec in header.items()}
+    end, before = 0, ""
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.nbytes)):
+        if entry.start < end:
+            raise CheckpointError(f"{file}: tensors {before!r} and {entry.name!r} lie on the same bytes")
+        end, before = entry.start + entry.nbytes, entry.name
+    return entries
 
 
 def _no_twice(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -106,18 +114,31 @@ def _no_twice(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(file: Path, name: str, spec: Any, data_start: int, file_size: int) -> TensorEntry:
-    try:
-        dtype, shape, (begin, end) = spec["dtype"], tuple(spec["shape"]), spec["data_offsets"]
-        wanted = math.prod(shape) * DTYPE_BYTES[dtype]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: tensor {name!r} has a header entry that cannot be read ({spec})") from error
-    if end - begin != wanted or begin < 0:
+    fields: dict[str, Any] = spec if isinstance(spec, dict) else {}
+    dtype: str = fields.get("dtype", "")
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
+    if (
+        not (isinstance(dtype, str) and dtype in DTYPE_BYTES)
+        or not _counts(shape)
+        or not _counts(offsets)
+        or len(offsets) != 2
+    ):
+        raise CheckpointError(f"{file}: tensor {name!r} has a header entry that cannot be read ({spec})")
+    begin, end = offsets
+    wanted = math.prod(shape) * DTYPE_BYTES[dtype]
+    if end - begin != wanted:
         raise CheckpointError(f"{file}: tensor {name!r} should take {wanted} bytes, its header says {end - begin}")
     if data_start + end > file_size:
         raise CheckpointError(
             f"{file}: truncated: tensor {name!r} ends at byte {data_start + end}, the file has {file_size}"
         )
-    return TensorEntry(name, file, dtype, shape, data_start + begin, wanted)
+    return TensorEntry(name, file, dtype, tuple(shape), data_start + begin, wanted)
+
+
+def _counts(value: Any) -> bool:
+    """Whether `value` is a list of whole numbers, none negative."""
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
 
 
 def read_component(folder: Path) -> dict[str, TensorEntry]:

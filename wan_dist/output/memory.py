@@ -1,6 +1,7 @@
 """Anonymous host memory of this process: what it allocated, without the pages of mapped files."""
 
 import os
+import resource
 import threading
 from pathlib import Path
 
@@ -8,8 +9,12 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def anonymous_bytes() -> int:
-    """Resident memory less shared (file-backed) pages, from /proc/self/statm."""
-    _, resident, shared = Path("/proc/self/statm").read_text().split()[:3]
+    """Resident memory less shared (file-backed) pages, from /proc/self/statm; where there is no /proc (macOS), the
+    peak of all resident memory."""
+    try:
+        _, resident, shared = Path("/proc/self/statm").read_text().split()[:3]
+    except FileNotFoundError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (int(resident) - int(shared)) * _PAGE
 
 

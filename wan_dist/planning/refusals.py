@@ -48,7 +48,7 @@ _LONGEST_SUFFIX = len(".latents.safetensors.tmp")
 
 def value_refusals(config: Config) -> list[Refusal]:
     """Values outside a field's choices or limits, and values that are not built yet."""
-    found = []
+    found: list[Refusal] = []
     for key, value, rule in leaves(config):
         for item in value if isinstance(value, list) else [value]:
             if item is None:
@@ -58,9 +58,9 @@ def value_refusals(config: Config) -> list[Refusal]:
                 found.append(Refusal(key, item, "not one of its values", f"use {', '.join(choices)}"))
             elif low is not None and not _within(item, rule):
                 found.append(Refusal(key, item, "outside its limits", f"it must be {_limits(rule)}"))
-            elif key in _AVAILABLE and value not in _AVAILABLE[key]:
-                able = ", ".join("null" if v is None else str(v) for v in _AVAILABLE[key])
-                found.append(Refusal(key, value, "not yet available in this version", f"use {able}"))
+        if key in _AVAILABLE and value not in _AVAILABLE[key] and all(r.key != key for r in found):
+            able = ", ".join("null" if v is None else str(v) for v in _AVAILABLE[key])
+            found.append(Refusal(key, value, "not yet available in this version", f"use {able}"))
     return found
 
 
@@ -158,7 +158,6 @@ def checkpoint_refusals(checkpoint: Checkpoint, key: str, name: str) -> list[Ref
 
 def video_refusals(video: VideoConfig, shape: ModelShape) -> list[Refusal]:
     """Sizes that the model cannot make; never rounded, the nearest legal ones are named."""
-    assert video.height and video.width and video.num_frames, "resolved before"
     found = []
     rules = (
         ("height", video.height, shape.multiple_h, 0, shape.patch[1] * shape.stride_s),
@@ -166,6 +165,7 @@ def video_refusals(video: VideoConfig, shape: ModelShape) -> list[Refusal]:
         ("num_frames", video.num_frames, shape.stride_t, 1, shape.stride_t),
     )
     for name, value, multiple, offset, per_position in rules:
+        assert value is not None, "resolved before"
         if value % multiple != offset % multiple:
             rule = f"not a multiple of {multiple}" + (f" plus {offset}" if offset else "")
             legal = " or ".join(map(str, nearest_multiples(value, multiple, offset)))

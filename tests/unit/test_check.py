@@ -1,0 +1,118 @@
+"""Checking a whole configuration: resolved and placed where it can run, every reason at once where it cannot."""
+
+from pathlib import Path
+
+import pytest
+
+from support.checkpoints import WAN_SHAPES
+from wan_dist.agent.prepare import Checked, Invocation, check, freeze_run, run_dir
+from wan_dist.config import freeze
+from wan_dist.config.schema import Config
+from wan_dist.planning.refusal import RefusedError
+
+
+@pytest.fixture
+def checked(tmp_path):
+    def run(*, world: int | None = None, recipe_named: bool = False, **settings) -> Checked:
+        config = Config(prompt="a cat")
+        for key, value in {"model.path": str(WAN_SHAPES), "runtime.device": "cpu", **settings}.items():
+            node = config
+            *path, leaf = key.split(".")
+            for part in path:
+                node = getattr(node, part)
+            setattr(node, leaf, value)
+        return check(config, Invocation(recipe_named, tmp_path / "out", world, world))
+
+    return run
+
+
+@pytest.fixture
+def reasons(checked):
+    def run(**settings) -> list[str]:
+        with pytest.raises(RefusedError) as caught:
+            checked(**settings)
+        return [refusal.key for refusal in caught.value.refusals]
+
+    return run
+
+
+SMALL = {"video.height": 64, "video.width": 64, "video.num_frames": 17}
+
+
+def test_everything_is_resolved_and_nothing_is_written(checked, tmp_path):
+    result = checked(**SMALL)
+    config = result.config
+    assert (config.sampler.steps, config.sampler.guidance_scale, config.sampler.seed) == (50, 5.0, 0)
+    assert (config.parallelism.cfg, config.parallelism.ulysses, result.ranks, config.runtime.ranks) == (2, 1, 2, 2)
+    assert (config.runtime.device, config.runtime.dtype) == ("cpu", "float32")
+    assert config.output.dir == str(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_number_of_ranks_is_that_of_the_degrees(checked):
+    assert checked(**SMALL, **{"parallelism.cfg": 2, "parallelism.ulysses": 4}).ranks == 8
+    assert checked(**SMALL, world=3).config.parallelism.ulysses == 3
+    assert checked(**SMALL, **{"sampler.guidance_scale": 1.0}).config.parallelism.ulysses == 2
+
+
+def test_all_reasons_come_at_once(reasons):
+    found = reasons(
+        **{
+            "prompt": None, "output.name": "a/b", "video.height": 65, "video.width": 64, "video.num_frames": 16,
+            "sampler.solver": "ddim", "sampler.guidance_scale_2": 3.0, "parallelism.ulysses": 9, "output.formats": [],
+        }
+    )  # fmt: skip
+    assert set(found) == {
+        "prompt", "output.name", "video.height", "video.num_frames", "sampler.solver", "sampler.guidance_scale_2",
+        "parallelism.ulysses", "output.formats",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["video.height", "video.width", "video.num_frames", "sampler.steps"])
+@pytest.mark.parametrize("value", [0, -16])
+def test_sizes_of_nothing_are_refused(reasons, key, value):
+    assert key in reasons(**{**SMALL, key: value})
+
+
+def test_a_world_that_the_degrees_do_not_fill(reasons):
+    assert reasons(**SMALL, world=3, **{"parallelism.cfg": 2}) == ["parallelism"]
+    assert reasons(**SMALL, world=2, **{"runtime.ranks": 4}) == ["runtime.ranks"]
+
+
+def test_a_step_that_falls_to_an_expert_the_checkpoint_lacks(reasons, checked):
+    assert reasons(**SMALL, **{"sampler.boundary_ratio": 0.5}) == ["sampler.boundary_ratio"]
+    assert checked(**SMALL, **{"sampler.boundary_ratio": 0.0}).ranks == 2
+
+
+def test_guidance_halves_without_guidance(reasons):
+    assert reasons(**SMALL, **{"parallelism.cfg": 2, "sampler.guidance_scale": 1.0}) == ["parallelism.cfg"]
+
+
+@pytest.mark.parametrize("path", ["/no/such/place", "n" * 300])
+def test_a_checkpoint_that_is_not_there(reasons, path):
+    assert reasons(**SMALL, **{"model.path": path}) == ["model.path"]
+
+
+def test_a_folder_that_cannot_be_made(reasons, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "in", tmp_path / ("d" * 300)):
+        assert reasons(**SMALL, **{"output.dir": str(folder)}) == ["output.dir"]
+
+
+def test_the_frozen_file_is_what_was_checked(checked):
+    result = checked(**SMALL)
+    path = freeze_run(result)
+    assert path == run_dir(result.config) / "config.yaml"
+    assert path.parts[-3:-1] == (".run", "video")
+    frozen = freeze.load(path)
+    assert Path(str(frozen.model.path)) == WAN_SHAPES
+    result.config.model.path = frozen.model.path
+    assert frozen == result.config
+
+
+def test_a_fresh_run_directory_has_no_old_logs(checked):
+    directory = freeze_run(checked(**SMALL)).parent
+    for name in ("rank0.log", "failure.rank1.json", "mine.txt"):
+        (directory / name).write_text("old")
+    freeze_run(checked(**SMALL))
+    assert sorted(path.name for path in directory.iterdir()) == ["config.yaml", "mine.txt"]

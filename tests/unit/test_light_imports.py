@@ -1,0 +1,21 @@
+"""What answers at once imports no torch, and the package itself no Hydra either."""
+
+import pytest
+
+from support.commands import run
+
+HEAVY = ("torch", "diffusers", "transformers", "safetensors", "av")
+LIGHT = {
+    "wan_dist": (*HEAVY, "hydra", "omegaconf", "yaml", "huggingface_hub"),
+    "wan_dist.planning.refusals, wan_dist.planning.degrees, wan_dist.planning.defaults": (*HEAVY, "hydra"),
+    "wan_dist.config.freeze, wan_dist.config.store, wan_dist.config.normalise": (*HEAVY, "hydra"),
+    "wan_dist.cli.main, wan_dist.cli.overrides": (*HEAVY, "huggingface_hub"),
+}
+
+
+@pytest.mark.parametrize("modules", LIGHT)
+def test_import_is_light(tmp_path, modules):
+    script = f"import sys, {modules}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = run(["python", "-c", script], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not set(done.stdout.split()) & set(LIGHT[modules])

@@ -1,0 +1,193 @@
+"""Each rule that a configuration must obey, and that all broken ones are told at once."""
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from wan_dist.config.schema import Config, SamplerConfig, leaves
+from wan_dist.loading.checkpoint import Checkpoint
+from wan_dist.planning import refusals as rules
+from wan_dist.planning.refusal import Refusal, RefusedError
+
+LEAVES = {key: (default, rule) for key, default, rule in leaves(Config())}
+BAD_VALUES = {
+    "sampler.steps": [0, -1], "sampler.guidance_scale": [float("inf"), float("nan")], "sampler.flow_shift": [0.0, -1.0],
+    "sampler.solver": ["ddim"], "video.height": [0], "video.fps": [0.0, float("inf")], "parallelism.cfg": [0],
+    "parallelism.fsdp.enabled": ["maybe"], "output.formats": [["mp4", "gif"]], "output.checkpoint_every": [-1],
+    "runtime.dtype": ["float16"], "runtime.timeout_s": [0.0, float("nan")], "runtime.ranks": [0], "task": ["draw"],
+    "bench.head_dim": [7], "sampler.boundary_ratio": [float("-inf")], "model.recipe.steps": [0],
+}  # fmt: skip
+NOT_YET = {
+    "task": "plan", "image": "a.png", "last_image": "a.png", "latents": "a", "parallelism.dp": 2, "parallelism.ring": 2,
+    "parallelism.tp": 2, "parallelism.fsdp.enabled": "on", "parallelism.fsdp.replicate": 2,
+    "parallelism.fsdp.shard_conditions": ["a", "b"], "parallelism.fsdp.reshard_after_forward": False,
+    "parallelism.vae": "on", "offload.mode": "speed", "offload.transformer": "layerwise",
+    "offload.text_encoder": "resident", "offload.image_encoder": "resident", "offload.vae": "resident",
+    "offload.prefetch": "2", "offload.resident_blocks": "4", "output.checkpoint_every": 5, "output.resume": "auto",
+    "output.preview": True, "runtime.vae_channels_last": "on", "runtime.stall_timeout_s": 5.0, "runtime.compile": True,
+    "runtime.profile": True, "runtime.deterministic": True,
+}  # fmt: skip
+
+
+def config(**settings) -> Config:
+    made = Config(prompt="a cat")
+    for key, value in settings.items():
+        *path, leaf = key.split(".")
+        node = made
+        for part in path:
+            node = getattr(node, part)
+        setattr(node, leaf, value)
+    return made
+
+
+def test_the_defaults_are_refused_nothing_but_the_missing_prompt():
+    assert rules.value_refusals(Config()) == []
+    assert [r.key for r in rules.request_refusals(Config())] == ["prompt"]
+    assert rules.request_refusals(config()) == []
+    assert rules.request_refusals(Config(task="bench")) == []
+    assert rules.request_refusals(config(prompt="")) == []
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD_VALUES.items() for value in values])
+def test_values_outside_choices_and_limits(key, value):
+    (refusal,) = rules.value_refusals(config(**{key: value}))
+    assert refusal.key == key
+    assert refusal.why in ("not one of its values", "outside its limits")
+    for choice in LEAVES[key][1].get("choices", ()):
+        assert choice in refusal.remedy
+
+
+def test_values_that_are_not_built_yet_are_all_known_here():
+    assert set(NOT_YET) == set(rules._AVAILABLE)
+    assert set(rules._AVAILABLE) <= set(LEAVES)
+
+
+@pytest.mark.parametrize(("key", "value"), NOT_YET.items())
+def test_values_that_are_not_built_yet_are_refused_once_and_never_ignored(key, value):
+    (refusal,) = rules.value_refusals(config(**{key: value}))
+    assert (refusal.key, refusal.value) == (key, value)
+    assert "not yet available" in refusal.why
+    for able in rules._AVAILABLE[key]:
+        assert rules.value_refusals(config(**{key: able})) == []
+
+
+@pytest.mark.parametrize("able", [v for values in rules._AVAILABLE.values() for v in values if isinstance(v, str)])
+def test_every_available_text_is_among_a_fields_choices(able):
+    assert any(able in rule.get("choices", ()) or able == default for default, rule in LEAVES.values())
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/", "a\0b", "n" * 232, "猫" * 78])
+def test_names_that_no_file_can_have(name):
+    assert [r.key for r in rules.request_refusals(config(**{"output.name": name}))] == ["output.name"]
+
+
+@pytest.mark.parametrize("name", ["n" * 231, "猫" * 77, 'it\'s a "clip"', "new\nline", "...", "caf\udce9"])
+def test_names_that_a_file_can_have(name):
+    assert rules.request_refusals(config(**{"output.name": name})) == []
+
+
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64])
+def test_seeds_beyond_64_bits(seed):
+    assert [r.key for r in rules.request_refusals(config(**{"sampler.seed": seed}))] == ["sampler.seed"]
+    for inside in rules._SEED_RANGE:
+        assert rules.request_refusals(config(**{"sampler.seed": inside})) == []
+
+
+def test_text_that_is_not_utf8_and_an_empty_list_of_formats():
+    found = rules.request_refusals(config(**{"prompt": "caf\udce9", "negative_prompt": "\udcff", "output.formats": []}))
+    assert [r.key for r in found] == ["prompt", "negative_prompt", "output.formats"]
+    str(RefusedError(found)).encode()
+
+
+def test_prompts_files(tmp_path):
+    empty, full, binary = tmp_path / "empty.txt", tmp_path / "full.txt", tmp_path / "binary"
+    empty.write_text("\n \n")
+    full.write_text("one\n\ntwo\n")
+    binary.write_bytes(b"\xff\xfe\x00")
+    words = {empty: "an empty list", full: "it holds 2", binary: "cannot be read", tmp_path / "none": "cannot be read"}
+    for path, why in words.items():
+        (refusal,) = rules.request_refusals(Config(prompts_file=str(path)))
+        assert refusal.key == "prompts_file"
+        assert why in refusal.why
+
+
+WAN = Checkpoint(
+    Path("x"),
+    {"_class_name": "WanPipeline", "text_encoder": ["transformers", "UMT5EncoderModel"]},
+    {
+        "transformer": {"_class_name": "WanTransformer3DModel"},
+        "vae": {"_class_name": "AutoencoderKLWan"},
+        "text_encoder": {},
+    },
+    {"_class_name": "UniPCMultistepScheduler"},
+)
+
+
+@pytest.mark.parametrize(
+    ("index", "configs", "why"),
+    [
+        ({"_class_name": "WanVACEPipeline"}, {}, "pipeline is WanVACEPipeline"),
+        ({"_class_name": None}, {}, "pipeline is None"),
+        ({"expand_timesteps": True}, {}, "per-token timesteps"),
+        ({}, {"transformer": {"_class_name": "WanVACETransformer3DModel"}}, "transformer is a WanVACE"),
+        ({}, {"transformer_2": {"_class_name": "Other"}}, "transformer_2 is a Other"),
+        ({}, {"vae": {"_class_name": "AutoencoderKL"}}, "vae is a AutoencoderKL"),
+        ({"text_encoder": ["transformers", "CLIPTextModel"]}, {}, "text encoder is a CLIPTextModel"),
+        ({}, {"image_encoder": {}}, "wants an image"),
+        ({}, {"transformer": {"_class_name": "WanTransformer3DModel", "image_dim": 1280}}, "wants an image"),
+    ],
+)
+def test_checkpoints_of_another_kind(index, configs, why):
+    assert rules.checkpoint_refusals(WAN, "model.path", "x") == []
+    other = replace(WAN, index={**WAN.index, **index}, configs={**WAN.configs, **configs})
+    (refusal,) = rules.checkpoint_refusals(other, "model.path", "x")
+    assert why in refusal.why
+
+
+def test_sampler_rules():
+    sampler = SamplerConfig(solver="unipc")
+    assert rules.sampler_refusals(config(), sampler, WAN) == []
+    (refusal,) = rules.sampler_refusals(config(), SamplerConfig(), WAN)
+    assert (refusal.key, "UniPCMultistepScheduler" in refusal.why) == ("sampler.solver", True)
+    two_scales = config(**{"sampler.guidance_scale_2": 3.0})
+    assert [r.key for r in rules.sampler_refusals(two_scales, sampler, WAN)] == ["sampler.guidance_scale_2"]
+    assert rules.sampler_refusals(two_scales, replace(sampler, boundary_ratio=0.9), WAN) == []
+    low_only = replace(WAN, configs={"transformer_2": WAN.configs["transformer"]})
+    assert [r.key for r in rules.sampler_refusals(config(), sampler, low_only)] == ["sampler.boundary_ratio"]
+
+
+@pytest.mark.parametrize(
+    ("cfg", "ulysses", "guided", "keys"),
+    [
+        (1, 12, False, []), (2, 12, True, []), (1, 5, True, []), (2, 1, False, ["parallelism.cfg"]),
+        (3, 1, True, ["parallelism.cfg"]), (1, 13, True, ["parallelism.ulysses"]),
+        (4, 16, False, ["parallelism.cfg", "parallelism.ulysses"]),
+    ],
+)  # fmt: skip
+def test_mesh_rules(cfg, ulysses, guided, keys):
+    degrees = {"dp": 1, "cfg": cfg, "ring": 1, "ulysses": ulysses, "tp": 1}
+    assert [r.key for r in rules.mesh_refusals(degrees, heads=12, guided=guided)] == keys
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "ranks", "attention", "keys"),
+    [
+        ("cpu", 0, 64, "auto", []), ("cpu", 0, 1, "flash", []), ("cpu", 0, 1, "cudnn", ["runtime.attention"]),
+        ("cuda", 8, 8, "cudnn", []), ("cuda", 0, 1, "auto", ["runtime.device"]),
+        ("cuda", 2, 4, "auto", ["parallelism"]),
+    ],
+)  # fmt: skip
+def test_device_rules(device, gpus, ranks, attention, keys):
+    made = config(**{"runtime.attention": attention})
+    assert [r.key for r in rules.device_refusals(made, device=device, gpus=gpus, local_ranks=ranks)] == keys
+
+
+def test_one_error_carries_and_shows_every_reason_also_through_pickle():
+    reasons = [Refusal("a", None, "is wrong", "mend it"), Refusal("b.c", 3, "is worse", "drop it")]
+    error = pickle.loads(pickle.dumps(RefusedError(reasons)))
+    assert error.refusals == reasons
+    assert "(2 reasons)" in str(error)
+    assert "  a=null: is wrong; mend it\n  b.c=3: is worse; drop it" in str(error)
+    assert "(1 reason)" in str(RefusedError(reasons[:1]))
