@@ -81,11 +81,11 @@ def _run_task(config: Config, env: RankEnv, state: dict[str, Any]) -> None:
 def _record_failure(error: BaseException, env: RankEnv, run_dir: Path, log: Path, state: dict[str, Any]) -> None:
     """Put the failure where the agent (our own, or torchrun's) finds it, and into this rank's log."""
     from wan_dist.distributed.collectives import PeerLostError
-    from wan_dist.loading.tensor_files import CheckpointError
+    from wan_dist.loading.tensor_files import CheckpointError, RemoteCheckpointError
 
-    if isinstance(error, PeerLostError):
+    if isinstance(error, (PeerLostError, RemoteCheckpointError)):
         # Another rank failed first; its agent is about to end this one. Only if none does is this the failure.
-        logger.error("lost contact with another rank: %s", error)
+        logger.error("another rank failed: %s", error)
         time.sleep(_WAIT_FOR_AGENT_S)
     error.add_note(f"rank {env.rank} on {env.host}; its log: {log}")
     report = state.get("report")

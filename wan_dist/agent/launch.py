@@ -44,8 +44,7 @@ def launch(config_path: Path, ranks: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # the failure is told once, by us
+    _quieten_torch()
     launch_config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -70,6 +69,14 @@ def launch(config_path: Path, ranks: int) -> None:
     if failed:
         run_dir = config_path.parent
         raise RunFailedError(describe(root_cause([_failure(run_dir, rank, code) for rank, code in failed]), run_dir))
+
+
+def _quieten_torch() -> None:
+    """The failure is told once, by us. torch's elastic loggers have a level each, so each is set."""
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _rank_variables(ranks: int) -> dict[str, str]:

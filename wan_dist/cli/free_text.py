@@ -12,9 +12,10 @@ from wan_dist.config.schema import FREE_TEXT, Config
 
 _FREE_TEXT_OVERRIDE = re.compile(rf"(\+{{0,2}})({'|'.join(map(re.escape, FREE_TEXT))})=(.*)", re.DOTALL)
 _QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_VALUE_FLAGS = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--package", "-p")
 # OmegaConf reads the value `???` as "missing", and has no escape for it; a private-use character in front is ours.
 _MISSING, _GUARD = "???", "\ue000"
-_QUOTED_LIST = re.compile(rf"\s*{_QUOTED}(?:\s*,\s*{_QUOTED})+\s*", re.DOTALL)
+_QUOTED_LIST = re.compile(rf"{_QUOTED}(?:\s*,\s*{_QUOTED})+", re.DOTALL)
 
 
 def literal(text: str) -> str:
@@ -60,3 +61,14 @@ def literal_overrides(arguments: Sequence[str], *, multirun: bool) -> list[str]:
 def is_multirun(arguments: Sequence[str]) -> bool:
     """Whether Hydra would take this command line for a sweep (its parser accepts abbreviated flags)."""
     return any(a == "-m" or (len(a) > 2 and "--multirun".startswith(a)) for a in arguments)
+
+
+def overrides_first(arguments: Sequence[str]) -> list[str]:
+    """The command line with its overrides in front of its flags: Hydra's parser takes them in one run only, and
+    `--info` would take the override after it for its value."""
+    overrides: list[str] = []
+    flags: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_override = "=" in argument and not argument.startswith("-") and before not in _VALUE_FLAGS
+        (overrides if is_override else flags).append(argument)
+    return overrides + flags

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from wan_dist.agent.launch import InterruptedRunError, RunFailedError, launch
 from wan_dist.agent.prepare import Checked, Invocation, check, freeze_run, run_id
-from wan_dist.cli.free_text import is_multirun, literal_overrides, unguard
+from wan_dist.cli.free_text import is_multirun, literal_overrides, overrides_first, unguard
 from wan_dist.cli.overrides import check_overrides
 from wan_dist.config.normalise import normalise_switches
 from wan_dist.config.schema import Config
@@ -32,7 +32,13 @@ def main() -> NoReturn:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     env = rank_env()
     if env is None:
-        sys.exit(_command(sys.argv[1:]))
+        try:
+            _stop_on_signals()
+            code = _command(sys.argv[1:])
+        except InterruptedRunError as stop:
+            print(f"wan-dist: {stop}", file=sys.stderr)
+            code = FAILED
+        sys.exit(code)
     _torchrun_rank(sys.argv[1:], env)
 
 
@@ -45,7 +51,6 @@ def _command(arguments: Sequence[str]) -> int:
         _refuse_overwriting(checked, written)
         launch(freeze_run(checked), checked.ranks)
 
-    _stop_on_signals()
     return _hydra(arguments, run, default_dir=None, world=None, local_ranks=None)
 
 
@@ -116,7 +121,7 @@ def _hydra(
 ) -> int:
     """Compose with Hydra and call `run` for every job; every job's failure is printed as it happens."""
     multirun = is_multirun(arguments)
-    overrides = literal_overrides(arguments, multirun=multirun)
+    overrides = overrides_first(literal_overrides(arguments, multirun=multirun))
     register_schemas()
 
     def invocation(named: bool, job_dir: Path | None) -> Invocation:
@@ -146,9 +151,6 @@ def _hydra(
     sys.argv = [sys.argv[0], *overrides]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
-    except InterruptedRunError as stop:
-        print(f"wan-dist: {stop}", file=sys.stderr)
-        return FAILED
     except SystemExit as leave:
         if leave.code not in (0, None) and not codes:
             return REFUSED  # Hydra could not compose, and has said why

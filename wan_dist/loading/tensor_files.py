@@ -26,6 +26,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used as it is; the message names the file and, where there is one, the tensor."""
 
 
+class RemoteCheckpointError(CheckpointError):
+    """The same error on a rank that did not find it: the rank that did is the one to report."""
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor in one file: `nbytes` bytes of `dtype` (safetensors' name), from byte `start` of the file."""

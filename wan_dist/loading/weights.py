@@ -18,7 +18,13 @@ import torch
 
 from wan_dist.distributed.collectives import gather_objects
 from wan_dist.distributed.mesh import Axis
-from wan_dist.loading.tensor_files import CheckpointError, TensorEntry, read_component, read_exactly
+from wan_dist.loading.tensor_files import (
+    CheckpointError,
+    RemoteCheckpointError,
+    TensorEntry,
+    read_component,
+    read_exactly,
+)
 
 _TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -30,15 +36,17 @@ Result = TypeVar("Result")
 
 
 def on_every_rank(axis: Axis, action: Callable[[], Result]) -> Result:
-    """Run `action` here; a checkpoint that cannot be read on any rank is the same CheckpointError on all of them."""
+    """Run `action` here; a checkpoint that cannot be read on any rank is the same error on all of them: a
+    CheckpointError on the first rank that found one, a RemoteCheckpointError on the others."""
     error: str | None = None
     try:
         result = action()
     except (CheckpointError, OSError) as fault:
         error = str(fault)
-    first = next((found for found in gather_objects(axis, error) if found is not None), None)
-    if first is not None:
-        raise CheckpointError(first)
+    errors = gather_objects(axis, error)
+    for rank, found in enumerate(errors):
+        if found is not None:
+            raise CheckpointError(found) if rank == axis.rank else RemoteCheckpointError(found)
     return result
 
 

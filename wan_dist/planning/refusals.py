@@ -166,6 +166,8 @@ def video_refusals(video: VideoConfig, shape: ModelShape) -> list[Refusal]:
     )
     for name, value, multiple, offset, per_position in rules:
         assert value is not None, "resolved before"
+        if value < 1:
+            continue  # outside its limits, which is said elsewhere
         if value % multiple != offset % multiple:
             rule = f"not a multiple of {multiple}" + (f" plus {offset}" if offset else "")
             legal = " or ".join(map(str, nearest_multiples(value, multiple, offset)))

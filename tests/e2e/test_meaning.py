@@ -1,0 +1,47 @@
+"""The default model draws what its prompt says, on one rank and on four."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from e2e.processes import together
+from support.commands import wan_dist
+from support.meaning import describe
+
+# name -> (prompt, parallelism, (colour, background, horizontal and vertical direction; y points down))
+CASES = {
+    "one rank": ("a red circle moving right on a black background", "single", ("red", "black", (1, 0))),
+    "four ranks": ("a red circle moving right on a black background", "cfg2_ulysses2", ("red", "black", (1, 0))),
+    "blue": ("a blue square moving left on a white background", "single", ("blue", "white", (-1, 0))),
+    "yellow": ("a yellow star moving up on a navy background", "single", ("yellow", "navy", (0, -1))),
+}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """The frames of every case."""
+    folder = tmp_path_factory.mktemp("meaning")
+
+    def make(case):
+        prompt, parallelism, _ = CASES[case]
+        typed = [f"prompt={prompt}", f"parallelism={parallelism}", "output.formats=[frames]", f"output.name={case}"]
+        done = wan_dist("model=wan_shapes", *typed, f"output.dir={folder}", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return load_file(folder / f"{case}.frames.safetensors")["frames"]
+
+    return dict(zip(CASES, together(*(lambda case=case: make(case) for case in CASES)), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_video_shows_what_was_asked_for(clips, case):
+    colour, background, direction = CASES[case][2]
+    seen = describe(clips[case])
+    assert clips[case].shape == (17, 64, 64, 3)
+    assert all(seen.present), f"no object in frames {np.flatnonzero(~seen.present)}"
+    assert (seen.colour, seen.background) == (colour, background)
+    assert seen.direction == direction, f"moved {seen.path[-1] - seen.path[0]} pixels (x, y)"
+
+
+def test_four_ranks_draw_the_same_video_as_one(clips):
+    difference = np.abs(clips["four ranks"].astype(int) - clips["one rank"].astype(int))
+    assert difference.max() <= 1  # a rounding of the last of 8 bits

@@ -1,0 +1,92 @@
+"""Configurations that cannot run: exit code 2, all reasons with key, value and remedy, nothing written."""
+
+import shutil
+import time
+
+import pytest
+
+from e2e.processes import together
+from support.commands import torchrun, wan_dist
+
+P = "prompt=a cat"
+# name -> (overrides, what stderr must say). PLACES stands for the folder that `places` fills.
+CASES = {
+    "unknown key": ([P, "sampler.stepz=3"], ["sampler.stepz=3", "sampler.steps"]),
+    "added key": ([P, "+parallelism.ulyses=2"], ["parallelism.ulyses=2", "parallelism.ulysses"]),
+    "wrong type": ([P, "sampler.steps=abc"], ["sampler.steps=abc", "whole number"]),
+    "wrong value": ([P, "sampler.solver=magic"], ["sampler.solver=magic", "unipc, euler, dpm++"]),
+    "no such model": ([P, "model=huge"], ["model=huge", "tiny", "wan_shapes", "wan2_2_t2v_a14b"]),
+    "no such preset": ([P, "parallelism=all"], ["parallelism=all", "auto", "cfg2_ulysses4", "single"]),
+    "height": ([P, "video.height=65"], ["video.height=65", "64 or 80"]),
+    "height 0": ([P, "video.height=0"], ["video.height=0", "at least 1"]),
+    "width": ([P, "video.width=70"], ["video.width=70", "64 or 80"]),
+    "frames": ([P, "video.num_frames=18"], ["video.num_frames=18", "17 or 21"]),
+    "more ranks than heads": ([P, "parallelism.ulysses=9"], ["parallelism.ulysses=9", "8", "use 1 to 8"]),
+    "missing path": ([P, "model.path=PLACES/absent"], ["model.path=PLACES/absent", "no such folder"]),
+    "not a checkpoint": ([P, "model.path=PLACES/empty"], ["model.path=PLACES/empty", "model_index.json"]),
+    "pickles only": ([P, "model.path=PLACES/pickled"], ["model.path=PLACES/pickled", "model.bin", "safetensors"]),
+    "output below a file": ([P, "output.dir=PLACES/blank.txt/sub"], ["output.dir=PLACES/blank.txt/sub", "output.dir="]),
+    "empty prompts": (["prompts_file=PLACES/blank.txt"], ["prompts_file=PLACES/blank.txt", "empty", "a prompt a line"]),
+    "no steps": ([P, "sampler.steps=0"], ["sampler.steps=0", "at least 1"]),
+    "no prompt": ([], ["prompt=null", 'prompt="']),
+    "cfg unguided": (
+        [P, "parallelism.cfg=2", "sampler.guidance_scale=1"],
+        ["parallelism.cfg=2", "guidance_scale", "parallelism.cfg=1"],
+    ),
+    "sweep without --multirun": ([P, "sampler.steps=1,2"], ["sampler.steps=1,2", "--multirun"]),
+    "unreadable": ([P, "sampler.steps=("], ["sampler.steps=("]),
+    "several": (
+        ["sampler.stepz=3", "sampler.steps=0", "video.height=65", "video.num_frames=18", "parallelism.ulysses=9"],
+        ["(6 reasons)", "prompt=null", "sampler.stepz=3", "sampler.steps=0", "video.height=65", "video.num_frames=18",
+         "parallelism.ulysses=9"],
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, tiny):
+    """Paths that cannot be used: an empty folder, a blank file, a checkpoint whose weights are pickles."""
+    places = tmp_path_factory.mktemp("places")
+    (places / "empty").mkdir()
+    (places / "blank.txt").write_text("\n  \n")
+    shutil.copytree(tiny, places / "pickled")
+    for weights in (places / "pickled").glob("*/*.safetensors*"):
+        weights.unlink()
+    for component in ("transformer", "text_encoder", "vae"):
+        (places / "pickled" / component / "model.bin").write_bytes(b"\x80")
+    return places
+
+
+@pytest.fixture(scope="module")
+def answers(places, tmp_path_factory):
+    """`{case: (finished command, seconds, its working folder)}`."""
+
+    def answer(overrides):
+        cwd = tmp_path_factory.mktemp("cwd")
+        begin = time.monotonic()
+        end = wan_dist(*(text.replace("PLACES", str(places)) for text in overrides), cwd=cwd)
+        return end, time.monotonic() - begin, cwd
+
+    calls = [lambda overrides=overrides: answer(overrides) for overrides, _ in CASES.values()]
+    return dict(zip(CASES, together(*calls), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_before_anything_starts(answers, places, case):
+    end, seconds, cwd = answers[case]
+    assert end.returncode == 2, end.stderr
+    for text in CASES[case][1]:
+        assert text.replace("PLACES", str(places)) in end.stderr
+    assert "Traceback" not in end.stderr and end.stdout == ""
+    assert seconds < 5
+    assert list(cwd.iterdir()) == []
+
+
+def test_degrees_that_are_not_torchruns_world(tmp_path):
+    end = torchrun(2, P, "parallelism.ulysses=3", "parallelism.cfg=1", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
+    assert end.returncode == 1
+    message = "ulysses 3 is a mesh of 3, but torchrun's world is 2"
+    assert end.stderr.count(message) == 1
+    imported = {line.rsplit("|", 1)[-1].strip() for line in end.stderr.splitlines()}
+    assert "torch" in imported and not imported & {"diffusers", "transformers"}  # so no weight was read
+    assert list(tmp_path.iterdir()) == []
