@@ -1,5 +1,5 @@
-"""The command line: one Hydra process per node composes, checks, freezes and starts (or, under torchrun, hands over
-to) the ranks. The only module that imports `hydra.main`.
+"""The command line: one process per node composes, checks, freezes and starts (or, under torchrun, hands over to)
+the ranks.
 
 Exit codes: 0; 2 for a config that cannot run, before any rank starts; 1 for a failure.
 """
@@ -7,23 +7,17 @@ Exit codes: 0; 2 for a config that cannot run, before any rank starts; 1 for a f
 import os
 import signal
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from wan_dist.agent.launch import InterruptedRunError, RunFailedError, launch
+from wan_dist.agent.launch import InterruptedRunError, launch
 from wan_dist.agent.prepare import Checked, Invocation, check, freeze_run, run_id
-from wan_dist.cli.free_text import is_multirun, literal_overrides, overrides_first, unguard
-from wan_dist.cli.overrides import check_overrides
-from wan_dist.config.normalise import normalise_switches
+from wan_dist.cli.compose import FAILED, REFUSED, compose_and_run
+from wan_dist.cli.free_text import is_multirun
 from wan_dist.config.schema import Config
-from wan_dist.config.store import conf_dir, register_schemas
 from wan_dist.planning.refusal import Refusal, RefusedError
 from wan_dist.topology import RankEnv, rank_env
-
-DEFAULT_MODEL = "wan_shapes"  # the `model` of conf/config.yaml
-FAILED, REFUSED = 1, 2
 
 
 def main() -> NoReturn:
@@ -51,7 +45,7 @@ def _command(arguments: Sequence[str]) -> int:
         _refuse_overwriting(checked, written)
         launch(freeze_run(checked), checked.ranks)
 
-    return _hydra(arguments, run, default_dir=None, world=None, local_ranks=None)
+    return compose_and_run(arguments, run, default_dir=None, world=None, local_ranks=None)
 
 
 def _refuse_overwriting(checked: Checked, written: set[tuple[str, str]]) -> None:
@@ -107,111 +101,10 @@ def _compose_for_node(arguments: Sequence[str], env: RankEnv, store: Any) -> str
         frozen.append(freeze_run(check(config, invocation), fresh=env.rank == 0))
 
     default_dir = Path("outputs") / name
-    code = _hydra(arguments, run, default_dir=default_dir, world=env.world_size, local_ranks=env.local_world_size)
+    code = compose_and_run(
+        arguments, run, default_dir=default_dir, world=env.world_size, local_ranks=env.local_world_size
+    )
     return str(frozen[0]) if frozen else f"exit {code}"
-
-
-def _hydra(
-    arguments: Sequence[str],
-    run: Callable[[Config, Invocation], None],
-    *,
-    default_dir: Path | None,
-    world: int | None,
-    local_ranks: int | None,
-) -> int:
-    """Compose with Hydra and call `run` for every job; every job's failure is printed as it happens."""
-    multirun = is_multirun(arguments)
-    overrides = overrides_first(literal_overrides(arguments, multirun=multirun))
-    register_schemas()
-
-    def invocation(named: bool, job_dir: Path | None) -> Invocation:
-        return Invocation(named, job_dir or default_dir or Path("outputs") / run_id(), world, local_ranks)
-
-    typed = [o for o in overrides if not o.startswith("-") and "=" in o]
-    bad, good = check_overrides(typed)
-    if bad:
-        rest = [] if multirun or any("/" in r.key or r.why == "no such option" for r in bad) else good
-        print(f"wan-dist: {RefusedError(bad + _other_refusals(rest, invocation))}", file=sys.stderr)
-        return REFUSED
-
-    codes: list[int] = []
-
-    def job(cfg: Any) -> None:
-        from hydra.core.hydra_config import HydraConfig
-        from hydra.types import RunMode
-
-        hydra_cfg = HydraConfig.get()
-        job_dir = Path(hydra_cfg.runtime.output_dir) if hydra_cfg.mode == RunMode.MULTIRUN else None
-        codes.append(
-            _outcome(lambda: run(_typed(cfg), invocation(_names_model(hydra_cfg.overrides.task, cfg), job_dir)))
-        )
-
-    import hydra
-
-    sys.argv = [sys.argv[0], *overrides]
-    try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
-    except SystemExit as leave:
-        if leave.code not in (0, None) and not codes:
-            return REFUSED  # Hydra could not compose, and has said why
-        return max(codes, default=0) if leave.code in (0, None) else FAILED
-    if codes and all(code == REFUSED for code in codes):
-        return REFUSED
-    return FAILED if any(codes) else 0
-
-
-def _outcome(action: Callable[[], None]) -> int:
-    """Run one job and say at once what went wrong with it; returns its exit code."""
-    try:
-        action()
-    except (RefusedError, RunFailedError) as error:
-        print(f"wan-dist: {error}", file=sys.stderr, flush=True)
-        return REFUSED if isinstance(error, RefusedError) else FAILED
-    except Exception:  # a mistake of ours: all of it is worth reading
-        traceback.print_exc()
-        return FAILED
-    return 0
-
-
-def _typed(cfg: Any) -> Config:
-    """The composed config as dataclasses. Merged into the schema once more: a `+key` in YAML slips past Hydra."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "config"
-        why = str(error).splitlines()[0]
-        raise RefusedError([Refusal(key, "?", why, "see conf/README.md for every key")]) from error
-    assert isinstance(config, Config)
-    unguard(config)
-    normalise_switches(config)
-    return config
-
-
-def _names_model(task_overrides: Sequence[str], cfg: Any) -> bool:
-    """Whether a model was chosen: on the command line, or (by an experiment) another one than the default."""
-    return any(o.lstrip("+").startswith("model=") for o in task_overrides) or cfg.model.name != DEFAULT_MODEL
-
-
-def _other_refusals(overrides: list[str], invocation: Callable[[bool, Path | None], Invocation]) -> list[Refusal]:
-    """What else is wrong, judged without the overrides that were refused already."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    if not overrides:
-        return []
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = compose("config", overrides=overrides)
-        check(_typed(cfg), invocation(_names_model(overrides, cfg), None))
-    except RefusedError as error:
-        return error.refusals
-    except (HydraException, OmegaConfBaseException):
-        pass  # what is refused already may be what breaks it
-    return []
 
 
 def _stop_on_signals() -> None:

@@ -1,0 +1,124 @@
+"""Composing with Hydra: from the command line to a typed config per job. The only module that imports `hydra.main`."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from wan_dist.agent.launch import RunFailedError
+from wan_dist.agent.prepare import Invocation, check, run_id
+from wan_dist.cli.free_text import is_multirun, literal_overrides, overrides_first, unguard
+from wan_dist.cli.overrides import check_overrides
+from wan_dist.config.normalise import normalise_switches
+from wan_dist.config.schema import Config
+from wan_dist.config.store import conf_dir, register_schemas
+from wan_dist.planning.refusal import Refusal, RefusedError
+
+DEFAULT_MODEL = "wan_shapes"  # the `model` of conf/config.yaml
+FAILED, REFUSED = 1, 2
+
+
+def compose_and_run(
+    arguments: Sequence[str],
+    run: Callable[[Config, Invocation], None],
+    *,
+    default_dir: Path | None,
+    world: int | None,
+    local_ranks: int | None,
+) -> int:
+    """Compose with Hydra and call `run` for every job; every job's failure is printed as it happens.
+
+    Returns the exit code: REFUSED where no job could run, FAILED where one of several could not or one failed.
+    """
+    multirun = is_multirun(arguments)
+    overrides = overrides_first(literal_overrides(arguments, multirun=multirun))
+    register_schemas()
+
+    def invocation(named: bool, job_dir: Path | None) -> Invocation:
+        return Invocation(named, job_dir or default_dir or Path("outputs") / run_id(), world, local_ranks)
+
+    typed = [o for o in overrides if not o.startswith("-") and "=" in o]
+    bad, good = check_overrides(typed)
+    if bad:
+        rest = [] if multirun or any("/" in r.key or r.why == "no such option" for r in bad) else good
+        print(f"wan-dist: {RefusedError(bad + _other_refusals(rest, invocation))}", file=sys.stderr)
+        return REFUSED
+
+    codes: list[int] = []
+
+    def job(cfg: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        hydra_cfg = HydraConfig.get()
+        job_dir = Path(hydra_cfg.runtime.output_dir) if hydra_cfg.mode == RunMode.MULTIRUN else None
+        codes.append(
+            _outcome(lambda: run(_typed(cfg), invocation(_names_model(hydra_cfg.overrides.task, cfg), job_dir)))
+        )
+
+    import hydra
+
+    sys.argv = [sys.argv[0], *overrides]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+    except SystemExit as leave:
+        if leave.code not in (0, None):  # Hydra has said why; before the first job, it could not compose
+            return FAILED if codes else REFUSED
+    if codes and all(code == REFUSED for code in codes):
+        return REFUSED
+    return FAILED if any(codes) else 0
+
+
+def _outcome(action: Callable[[], None]) -> int:
+    """Run one job and say at once what went wrong with it; returns its exit code."""
+    try:
+        action()
+    except (RefusedError, RunFailedError) as error:
+        print(f"wan-dist: {error}", file=sys.stderr, flush=True)
+        return REFUSED if isinstance(error, RefusedError) else FAILED
+    except Exception:  # a mistake of ours: all of it is worth reading
+        traceback.print_exc()
+        return FAILED
+    return 0
+
+
+def _typed(cfg: Any) -> Config:
+    """The composed config as dataclasses. Merged into the schema once more: a `+key` in YAML slips past Hydra."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "config"
+        why = str(error).splitlines()[0]
+        raise RefusedError([Refusal(key, "?", why, "see conf/README.md for every key")]) from error
+    assert isinstance(config, Config)
+    unguard(config)
+    normalise_switches(config)
+    return config
+
+
+def _names_model(task_overrides: Sequence[str], cfg: Any) -> bool:
+    """Whether a model was chosen: on the command line, or (by an experiment) another one than the default."""
+    return any(o.lstrip("+").startswith("model=") for o in task_overrides) or cfg.model.name != DEFAULT_MODEL
+
+
+def _other_refusals(overrides: list[str], invocation: Callable[[bool, Path | None], Invocation]) -> list[Refusal]:
+    """What else is wrong, judged without the overrides that were refused already."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not overrides:
+        return []
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            cfg = compose("config", overrides=overrides)
+        check(_typed(cfg), invocation(_names_model(overrides, cfg), None))
+    except RefusedError as error:
+        return error.refusals
+    except (HydraException, OmegaConfBaseException):
+        pass  # what is refused already may be what breaks it
+    return []
