@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from wan_dist.config.schema import BenchConfig, Config
+from wan_dist.distributed.collectives import barrier, gather_objects
 from wan_dist.distributed.mesh import AXES, Axis, Mesh, build_mesh
 from wan_dist.distributed.process_group import process_group
 from wan_dist.layers.attention import attention_kernel
@@ -30,30 +31,43 @@ _GUIDANCE = 5.0
 
 @torch.no_grad()
 def bench_step(config: Config, env: RankEnv, device: torch.device) -> None:
-    """Time the step and print one JSON line a case on rank 0."""
+    """Time the step and print one JSON line a case on rank 0.
+
+    `ratio` is the time over diffusers' (below 1 is faster), `speedup` one rank's time over the mesh's; both are medians
+    over turns. `bytes_sent` is what each rank sent in one step, by collective, as counted.
+    """
     dtype = getattr(torch, str(config.runtime.dtype))
     degrees = {axis: getattr(config.parallelism, axis) for axis in AXES}
     shape = config.bench
     alone = build_mesh(dict.fromkeys(AXES, 1), device.type)
     with process_group(env, degrees, device, config.runtime.timeout_s) as mesh:
-        runs = {}
+        runs: dict[str, Callable[[], torch.Tensor] | None] = dict.fromkeys(("diffusers", "one_rank"))
         if env.rank == 0:
             runs["diffusers"] = _step(_transformer(shape, dtype, device), shape, dtype, device, alone["cfg"])
             runs["one_rank"] = _step(_parallel(shape, dtype, device, alone, config), shape, dtype, device, alone["cfg"])
-        if mesh.world.size > 1:  # the other ranks wait in its first collective while rank 0 measures the others
+        if mesh.world.size > 1:
             runs["mesh"] = _step(_parallel(shape, dtype, device, mesh, config), shape, dtype, device, mesh["cfg"])
-        times = _alternate(runs, shape.repeats, device)
+        times = _alternate(runs, shape.repeats, device, mesh.world)
         sent = {name: total // (shape.repeats + 1) for name, total in mesh.traffic.items()}
-        if env.rank == 0:
-            facts = _facts(shape, dtype, device)
-            _line("diffusers", facts, 1, times["diffusers"])
-            ratio = _median_ratio(times["one_rank"], times["diffusers"])
-            _line("one_rank", facts, 1, times["one_rank"], ratio_to_diffusers=ratio)
-        if env.rank == 0 and "mesh" in times:
-            speedup = _median_ratio(times["one_rank"], times["mesh"])
-            mesh_facts = {**facts, "mesh": degrees}
-            _line("mesh", mesh_facts, mesh.world.size, times["mesh"], speedup=speedup, bytes_sent_per_rank=sent)
+        sent_by_rank = gather_objects(mesh.world, sent)
         del mesh, runs
+    if env.rank == 0:
+        _report(_facts(shape, dtype, device), degrees, times, sent_by_rank)
+
+
+def _report(
+    facts: dict[str, Any], degrees: dict[str, int], times: dict[str, list[float]], sent: list[dict[str, int]]
+) -> None:
+    """One JSON line a case on stdout."""
+    for case, seconds in times.items():
+        line = {"case": case, **facts, "ranks": 1, "bytes_sent": [{}]}
+        if case == "mesh":
+            speedup = _median_ratio(times["one_rank"], seconds)
+            line |= {"ranks": len(sent), "mesh": degrees, "bytes_sent": sent, "speedup": speedup}
+        ratio = _median_ratio(seconds, times["diffusers"])
+        print(
+            json.dumps({**line, "ratio": ratio, "median_s": statistics.median(seconds), "all_s": seconds}), flush=True
+        )
 
 
 def _facts(shape: BenchConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -111,13 +125,17 @@ def _step(
     return lambda: guided_prediction(predict, latents, timestep, step, cfg_axis)
 
 
-def _alternate(runs: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each run, `repeats` times in turn, after one uncounted turn."""
+def _alternate(
+    runs: dict[str, Callable[[], Any] | None], repeats: int, device: torch.device, world: Axis
+) -> dict[str, list[float]]:
+    """Seconds of each run, `repeats` times in turn, after one uncounted turn. All ranks start a turn together; one
+    that has no part in it (None) waits for the others without using a core."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            barrier(world)
+            if run is None:
+                continue
             start = time.perf_counter()
             run()
             if device.type == "cuda":
@@ -130,8 +148,3 @@ def _alternate(runs: dict[str, Callable[[], Any]], repeats: int, device: torch.d
 def _median_ratio(above: list[float], below: list[float]) -> float:
     """The median of the ratios of neighbouring measurements: drift of the machine's speed cancels."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
-
-
-def _line(case: str, facts: dict[str, Any], ranks: int, times: list[float], **more: Any) -> None:
-    numbers = {"ranks": ranks, "median_s": statistics.median(times), "all_s": times}
-    print(json.dumps({"case": case, **facts, **numbers, **more}), flush=True)

@@ -90,3 +90,9 @@ def gather_objects(axis: Axis, value: Any) -> list[Any]:
     values: list[Any] = [None] * axis.size
     _run(axis, "gather_objects", lambda: dist.all_gather_object(values, value, group=axis.group))
     return values
+
+
+def barrier(axis: Axis) -> None:
+    """Wait until every rank of the axis is here."""
+    if axis.size > 1:
+        _run(axis, "barrier", lambda: dist.barrier(group=axis.group))
