@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.activations import GELU
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
@@ -38,6 +39,7 @@ def parallelize_wan_transformer(model: WanTransformer3DModel, axis: Axis, attend
     """
     _split_rope(model, axis)
     _split_sequence(model, axis)
+    _activate_in_place(model)
     remembered = _set_attention(model, axis, attend)
     remembered.append(_remember_text_projection(model))
 
@@ -82,6 +84,20 @@ def _split_sequence(model: WanTransformer3DModel, axis: Axis) -> None:
 
     model.blocks[0].register_forward_pre_hook(keep_my_tokens)
     model.proj_out.register_forward_hook(gather_tokens)
+
+
+class _InPlaceGELU(GELU):
+    """The feed-forward's activation, written over its input: its widest tensor exists once, not twice (2 GB less at
+    75600 tokens of the 14B in bf16)."""
+
+    def gelu(self, gate: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.gelu_(gate, approximate=self.approximate)
+
+
+def _activate_in_place(model: WanTransformer3DModel) -> None:
+    for block in model.blocks:
+        assert type(block.ffn.net[0]) is GELU
+        block.ffn.net[0].__class__ = _InPlaceGELU
 
 
 def _set_attention(model: WanTransformer3DModel, axis: Axis, attend: Attend) -> list[Remembered[Any]]:
