@@ -20,11 +20,13 @@ from wan_dist.distributed.process_group import process_group
 from wan_dist.layers.attention import attention_kernel
 from wan_dist.loading.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from wan_dist.loading.tensor_files import CheckpointError
-from wan_dist.loading.weights import MatchedWeights, fill, match_weights, on_every_rank
-from wan_dist.models.text_encoder import MAX_TEXT_TOKENS, encode_prompts, meta_text_encoder
+from wan_dist.loading.weights import MatchedWeights, fill, from_files, match_weights, on_every_rank
+from wan_dist.log import logger
+from wan_dist.models.text_encoder import MAX_TEXT_TOKENS, encode_prompts, load_tokenizer, meta_text_encoder
 from wan_dist.models.wan_transformer import meta_transformer, parallelize_wan_transformer
 from wan_dist.models.wan_vae import decode_frames, meta_vae
-from wan_dist.output.files import output_path, remove_leftovers, write_tensor
+from wan_dist.output.files import remove_leftovers, write_tensor
+from wan_dist.output.names import output_path
 from wan_dist.output.progress import Progress
 from wan_dist.output.record import RankReport, write_record
 from wan_dist.output.video import write_mp4
@@ -58,7 +60,9 @@ def generate(config: Config, env: RankEnv, device: torch.device, report: RankRep
     Raises CheckpointError on every rank if any rank's files are at fault.
     """
     checkpoint = open_checkpoint(Path(str(config.model.path)))
-    scheduler, schedule = scheduled(config.sampler, checkpoint.scheduler, device)
+    scheduler, schedule = from_files(
+        checkpoint.path / "scheduler", partial(scheduled, config.sampler, checkpoint.scheduler, device)
+    )
     folder = Path(str(config.output.dir))
     if env.rank == 0:
         remove_leftovers(folder, config.output.name)
@@ -96,17 +100,19 @@ def generate(config: Config, env: RankEnv, device: torch.device, report: RankRep
 
 def _match_components(run: _Run) -> dict[str, MatchedWeights]:
     """Every component this rank will load, checked name by name before anything is read."""
-    checkpoint, matched = run.checkpoint, {}
-    for name in sorted({step.expert for step in run.schedule}):
-        model = meta_transformer(checkpoint.configs[name])
-        ignored = model._keys_to_ignore_on_load_unexpected or ()
-        matched[name] = match_weights(model, checkpoint.path / name, ignored)
+    checkpoint, path = run.checkpoint, run.checkpoint.path
+
+    def match(name: str, build: Callable[[], Any]) -> MatchedWeights:
+        model = from_files(path / name, build)
+        return match_weights(model, path / name, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+
+    experts = sorted({step.expert for step in run.schedule})
+    matched = {name: match(name, partial(meta_transformer, checkpoint.configs[name])) for name in experts}
     if run.mesh.world.rank == 0:
-        folder = checkpoint.path / "text_encoder"
-        encoder = meta_text_encoder(folder, checkpoint.index["text_encoder"][1])
-        matched["text_encoder"] = match_weights(encoder, folder, encoder._keys_to_ignore_on_load_unexpected or ())
+        encoder = partial(meta_text_encoder, path / "text_encoder", checkpoint.index["text_encoder"][1])
+        matched["text_encoder"] = match("text_encoder", encoder)
         if {"mp4", "frames"} & set(run.config.output.formats):
-            matched["vae"] = match_weights(meta_vae(checkpoint.configs["vae"]), checkpoint.path / "vae")
+            matched["vae"] = match("vae", partial(meta_vae, checkpoint.configs["vae"]))
     return matched
 
 
@@ -123,10 +129,11 @@ def _encode(run: _Run, weights: MatchedWeights | None) -> list[torch.Tensor]:
     def encode() -> None:
         if weights is None:
             return
-        read = run.report.bytes_read
+        folder, read = checkpoint.path / "tokenizer", run.report.bytes_read
+        tokenizer = from_files(folder, partial(load_tokenizer, folder))
         encoder = fill(weights, dtype=run.dtype, device=run.device, bytes_read=read, component="text_encoder")
         negative = (config.negative_prompt or "") if branches == 2 else None
-        encoded = encode_prompts(encoder, checkpoint.path / "tokenizer", str(config.prompt), negative, run.device)
+        encoded = encode_prompts(encoder, tokenizer, str(config.prompt), negative, run.device)
         if encoded.shape != text.shape:
             raise CheckpointError(
                 f"{checkpoint.path}: the text encoder gives width {encoded.shape[-1]}, the transformer wants {width}"
@@ -174,6 +181,8 @@ def _denoise(run: _Run, scheduler: Any, predict: Predict) -> torch.Tensor:
     video, seed = run.config.video, run.config.sampler.seed
     shape = ModelShape.from_configs(run.checkpoint.transformer_config, run.checkpoint.configs["vae"])
     assert video.num_frames and video.height and video.width and seed is not None, "resolved before"
+    tokens = shape.tokens(video.num_frames, video.height, video.width)
+    logger.info("%d tokens over %d ranks", tokens, run.mesh["ulysses"].size)
     noise = initial_noise(shape.latent_shape(video.num_frames, video.height, video.width), seed)
     progress = Progress(len(run.schedule)) if run.mesh.world.rank == 0 else None
     last = time.perf_counter()

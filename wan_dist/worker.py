@@ -1,7 +1,7 @@
 """One rank, from a frozen config to its exit.
 
-`python -m wan_dist.worker CONFIG` is what the agent starts; under a hand-typed torchrun the ranks are here already
-and call `run_rank`. Whatever happens, a rank ends here: with its output flushed, its failure on record and a code.
+`python -m wan_dist.worker CONFIG AGENT_PID` is what the agent starts; under a hand-typed torchrun the ranks are here
+already and call `run_rank`. Whatever happens, a rank ends here: output flushed, failure on record, a code.
 """
 
 import ctypes
@@ -25,13 +25,15 @@ _PR_SET_PDEATHSIG = 1
 _WAIT_FOR_AGENT_S = 10.0
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this rank when its agent dies, however it dies (Linux; elsewhere nothing is done)."""
-    parent = os.getppid()
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this rank when its agent dies, however it dies (Linux; elsewhere nothing is done).
+
+    parent: the agent's process id, where it is known: it may have died before this rank could ask.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call
-            os._exit(1)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 def run_rank(config_path: Path, env: RankEnv) -> NoReturn:
@@ -115,10 +117,10 @@ def _try(action: Callable[[], Any]) -> None:
 
 
 def main() -> NoReturn:
-    die_with_parent()
     env = rank_env()
-    if env is None or len(sys.argv) != 2:
+    if env is None or len(sys.argv) != 3:
         sys.exit("wan_dist.worker is started by the agent; type: wan-dist prompt=...")
+    die_with_parent(int(sys.argv[2]))
     run_rank(Path(sys.argv[1]), env)
 
 

@@ -44,7 +44,7 @@ def test_a_whole_number_in_a_float_field_becomes_a_float():
     values["sampler"]["guidance_scale"], values["runtime"]["timeout_s"] = 5, 600
     config = freeze.from_yaml(yaml.safe_dump(values))
     assert type(config.sampler.guidance_scale) is type(config.runtime.timeout_s) is float
-    assert type(config.bench.blocks) is int
+    assert type(config.bench.repeats) is int
 
 
 def test_load_reads_a_utf8_file(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wan_dist.output.files import atomic, output_path, remove_leftovers, write_tensor
+from wan_dist.output.files import atomic, remove_leftovers, write_tensor
+from wan_dist.output.names import output_path
 
 KINDS = {
     "mp4": "clip.mp4", "frames": "clip.frames.safetensors", "latents": "clip.latents.safetensors",

@@ -28,6 +28,8 @@ NOT_YET = {
     "offload.prefetch": "2", "offload.resident_blocks": "4", "output.checkpoint_every": 5, "output.resume": "auto",
     "output.preview": True, "runtime.vae_channels_last": "on", "runtime.stall_timeout_s": 5.0, "runtime.compile": True,
     "runtime.profile": True, "runtime.deterministic": True,
+    "launch.nodes": 2, "launch.node_rank": 1, "launch.head": "a", "launch.port": 29500,
+    "plan.ranks": 8, "plan.nodes": 2, "plan.device_memory_gb": 24.0, "plan.host_memory_gb": 64.0,
 }  # fmt: skip
 
 

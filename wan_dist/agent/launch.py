@@ -36,7 +36,7 @@ class RankFailure:
 
 
 def launch(config_path: Path, ranks: int) -> None:
-    """Run `python -m wan_dist.worker CONFIG` on `ranks` ranks of this node until all are done.
+    """Run `python -m wan_dist.worker` on `ranks` ranks of this node until all are done.
 
     Raises RunFailedError with the first failure's account, InterruptedRunError after a signal; no rank is left then.
     """
@@ -61,7 +61,8 @@ def launch(config_path: Path, ranks: int) -> None:
     failed: list[tuple[int, int]] = []
     with environment(**_rank_variables(ranks)), _signal_handlers_kept():
         try:  # -P: a file in the user's folder must not be imported in place of a library
-            elastic_launch(launch_config, sys.executable)("-P", "-u", "-m", "wan_dist.worker", str(config_path))
+            worker = ("-P", "-u", "-m", "wan_dist.worker", str(config_path), str(os.getpid()))
+            elastic_launch(launch_config, sys.executable)(*worker)
         except ChildFailedError as error:
             failed = [(rank, failure.exitcode) for rank, failure in error.failures.items()]
         except SignalException as error:

@@ -13,9 +13,10 @@ from wan_dist.config.schema import Config
 from wan_dist.loading.checkpoint import Checkpoint, open_checkpoint, weight_problems
 from wan_dist.loading.source import Source
 from wan_dist.loading.tensor_files import CheckpointError
+from wan_dist.output.names import output_paths
 from wan_dist.planning import refusals as rules
-from wan_dist.planning.defaults import resolve
-from wan_dist.planning.degrees import AXES, choose_degrees, given_degrees, wanted_ranks
+from wan_dist.planning.defaults import resolve, resolve_bench
+from wan_dist.planning.degrees import AXES, choose_degrees, given_degrees, usable_ranks, wanted_ranks
 from wan_dist.planning.refusal import Refusal, RefusedError
 from wan_dist.planning.video_shape import ModelShape
 from wan_dist.sampling.schedule import Step, is_guided
@@ -31,12 +32,14 @@ class Invocation:
     recipe_named: `model=` was given, so its recipe applies even beside a `model.path`.
     default_dir: the folder for a null `output.dir`.
     world, local_ranks: torchrun's, or None where wan-dist starts the ranks itself.
+    model_known: false where the choice of the model was refused already: what depends on it is then not judged.
     """
 
     recipe_named: bool
     default_dir: Path
     world: int | None = None
     local_ranks: int | None = None
+    model_known: bool = True
 
 
 @dataclass(frozen=True)
@@ -69,21 +72,22 @@ def check(config: Config, invocation: Invocation) -> Checked:
     config.output.dir = str(
         Path(config.output.dir if config.output.dir is not None else invocation.default_dir).absolute()
     )
-    found += _output_dir_refusals(Path(config.output.dir))
+    found += _output_dir_refusals(Path(config.output.dir), config.output.name)
 
-    source, heads, guided = None, config.bench.heads, config.bench.guidance
-    if config.task != "bench":
+    source, heads, guided = None, 0, True  # no heads: unknown, and not judged
+    _choose_device(config)
+    if config.task == "bench":
+        resolve_bench(config.bench, config.runtime.device)
+        heads, guided = int(config.bench.heads or 0), config.bench.guidance
+    elif invocation.model_known:
         source, checkpoint, problems = _open(config, invocation)
         found += problems
-        if checkpoint is None:
-            heads, guided = 0, True  # unknown: what depends on the model is not checked
-        else:
+        if checkpoint is not None:
             resolved = resolve(config, checkpoint, recipe_applies=_recipe_applies(config, invocation))
             more, heads, guided = _request_against_checkpoint(config, resolved, checkpoint)
             found += more
             config = resolved
-    if not any(refusal.key.startswith(("parallelism", "runtime")) for refusal in found):
-        found += _place(config, invocation, heads, guided)
+    found += _place(config, invocation, heads, guided)
     if found:
         raise RefusedError(found)
     degrees = given_degrees(config.parallelism)
@@ -131,7 +135,8 @@ def _open(config: Config, invocation: Invocation) -> tuple[Source, Checkpoint | 
         here = Path(source.name).is_dir() and not source.name.startswith("built:")
         found = [_model_refusal(source.name, p) for p in weight_problems(checkpoint)] if here else []
         found += rules.checkpoint_refusals(checkpoint, "model.path", source.name)
-    except CheckpointError as error:
+        ModelShape.from_configs(checkpoint.transformer_config, checkpoint.configs["vae"])
+    except (CheckpointError, ValueError) as error:
         return source, None, [_model_refusal(source.name, str(error))]
     return source, None if found else checkpoint, found
 
@@ -172,30 +177,42 @@ def _steps_if_they_matter(config: Config, checkpoint: Checkpoint) -> list[Step] 
     return scheduled(config.sampler, checkpoint.scheduler)[1]
 
 
+def _choose_device(config: Config) -> None:
+    """Device and dtype, in place."""
+    runtime = config.runtime
+    if runtime.device not in ("cpu", "cuda"):
+        runtime.device = "cuda" if visible_gpus() else "cpu"
+    runtime.dtype = runtime.dtype or ("bfloat16" if runtime.device == "cuda" else "float32")
+
+
 def _place(config: Config, invocation: Invocation, heads: int, guided: bool) -> list[Refusal]:
-    """Choose device, dtype and mesh, in place; returns what does not fit."""
-    runtime, parallelism = config.runtime, config.parallelism
-    gpus = visible_gpus() if runtime.device != "cpu" else 0
-    device = runtime.device if runtime.device != "auto" else ("cuda" if gpus else "cpu")
-    asked = runtime.ranks
-    found_here = gpus if device == "cuda" else DEFAULT_CPU_RANKS
-    ranks = wanted_ranks(parallelism, world=invocation.world, asked=asked, found=max(found_here, 1))
-    source = "torchrun's world" if invocation.world else "runtime.ranks" if asked else "the number of ranks"
+    """Choose the mesh, in place; returns what does not fit."""
+    runtime, parallelism, world = config.runtime, config.parallelism, invocation.world
+    numbers = [*given_degrees(parallelism).values(), *([runtime.ranks] if runtime.ranks is not None else [])]
+    if min(numbers, default=1) < 1:
+        return []  # outside their limits, which is said elsewhere
+    gpus = visible_gpus() if runtime.device == "cuda" else 0
+    found_here = max(gpus, 1) if runtime.device == "cuda" else DEFAULT_CPU_RANKS
+    ranks = wanted_ranks(parallelism, world=world, asked=runtime.ranks, found=found_here)
+    if heads and not numbers and world is None:
+        ranks = usable_ranks(ranks, heads=heads, guided=guided)
+    source = "torchrun's world" if world else "runtime.ranks" if runtime.ranks else "the number of ranks"
     degrees, found = choose_degrees(parallelism, ranks, guided=guided, source=source)
-    if invocation.world and asked not in (None, invocation.world):
-        found.append(Refusal("runtime.ranks", asked, f"torchrun started {ranks}", "leave it out under torchrun"))
-    if heads and not found:
+    if world and runtime.ranks not in (None, world):
+        found.append(
+            Refusal("runtime.ranks", runtime.ranks, f"torchrun started {world}", "leave it out under torchrun")
+        )
+    if heads:
         found += rules.mesh_refusals(degrees, heads=heads, guided=guided)
     local_ranks = invocation.local_ranks or ranks
-    found += rules.device_refusals(config, device=device, gpus=gpus, local_ranks=local_ranks)
-    runtime.device, runtime.ranks = device, ranks
-    runtime.dtype = runtime.dtype or ("bfloat16" if device == "cuda" else "float32")
+    found += rules.device_refusals(config, device=runtime.device, gpus=gpus, local_ranks=local_ranks)
+    runtime.ranks = ranks
     for axis in AXES:
         setattr(parallelism, axis, degrees[axis])
     return found
 
 
-def _output_dir_refusals(directory: Path) -> list[Refusal]:
+def _output_dir_refusals(directory: Path, name: str) -> list[Refusal]:
     """Try the nearest folder that exists: a file that vanishes is written there, and nothing stays behind."""
     nearest = directory
     try:
@@ -204,9 +221,13 @@ def _output_dir_refusals(directory: Path) -> list[Refusal]:
         if not nearest.is_dir():
             raise NotADirectoryError(f"{nearest} is not a folder")
         with tempfile.TemporaryFile(dir=nearest):
-            return []
+            pass
+        folders = [path for path in output_paths(directory, name) if path.is_dir()]
     except OSError as error:
         return [_output_refusal(directory, error)]
+    return [
+        Refusal("output.name", name, f"{path} is a folder", "move it, or use another output.name") for path in folders
+    ]
 
 
 def _output_refusal(directory: Path, error: OSError) -> Refusal:

@@ -9,11 +9,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from wan_dist.config.schema import BenchConfig, Config
+from wan_dist.config.schema import Config
 from wan_dist.distributed.collectives import barrier, gather_objects
 from wan_dist.distributed.mesh import AXES, Axis, Mesh, build_mesh
 from wan_dist.distributed.process_group import process_group
@@ -29,6 +30,23 @@ from wan_dist.topology import RankEnv
 _GUIDANCE = 5.0
 
 
+@dataclass(frozen=True)
+class StepShape:
+    """The random transformer and its input: `BenchConfig` with every null filled in."""
+
+    kind: str
+    blocks: int
+    heads: int
+    head_dim: int
+    ffn: int
+    text_dim: int
+    frames: int
+    rows: int
+    columns: int
+    guidance: bool
+    repeats: int
+
+
 @torch.no_grad()
 def bench_step(config: Config, env: RankEnv, device: torch.device) -> None:
     """Time the step and print one JSON line a case on rank 0.
@@ -38,7 +56,7 @@ def bench_step(config: Config, env: RankEnv, device: torch.device) -> None:
     """
     dtype = getattr(torch, str(config.runtime.dtype))
     degrees = {axis: getattr(config.parallelism, axis) for axis in AXES}
-    shape = config.bench
+    shape = StepShape(**asdict(config.bench))
     alone = build_mesh(dict.fromkeys(AXES, 1), device.type)
     with process_group(env, degrees, device, config.runtime.timeout_s) as mesh:
         runs: dict[str, Callable[[], torch.Tensor] | None] = dict.fromkeys(("diffusers", "one_rank"))
@@ -70,7 +88,7 @@ def _report(
         )
 
 
-def _facts(shape: BenchConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def _facts(shape: StepShape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     return {
         "bench": "step",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -87,7 +105,7 @@ def _facts(shape: BenchConfig, dtype: torch.dtype, device: torch.device) -> dict
     }
 
 
-def _transformer(shape: BenchConfig, dtype: torch.dtype, device: torch.device) -> Any:
+def _transformer(shape: StepShape, dtype: torch.dtype, device: torch.device) -> Any:
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
@@ -104,14 +122,14 @@ def _transformer(shape: BenchConfig, dtype: torch.dtype, device: torch.device) -
     return model.eval().requires_grad_(False).to(device)
 
 
-def _parallel(shape: BenchConfig, dtype: torch.dtype, device: torch.device, mesh: Mesh, config: Config) -> Any:
+def _parallel(shape: StepShape, dtype: torch.dtype, device: torch.device, mesh: Mesh, config: Config) -> Any:
     model = _transformer(shape, dtype, device)
     parallelize_wan_transformer(model, mesh["ulysses"], attention_kernel(config.runtime.attention))
     return model
 
 
 def _step(
-    model: Any, shape: BenchConfig, dtype: torch.dtype, device: torch.device, cfg_axis: Axis
+    model: Any, shape: StepShape, dtype: torch.dtype, device: torch.device, cfg_axis: Axis
 ) -> Callable[[], torch.Tensor]:
     """One guided (or plain) prediction: what a denoising step costs but for the solver's few elementwise passes."""
     latents = initial_noise((1, 16, shape.frames, shape.rows, shape.columns), 0).to(device)

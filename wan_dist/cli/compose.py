@@ -3,14 +3,14 @@
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from wan_dist.agent.launch import RunFailedError
 from wan_dist.agent.prepare import Invocation, check, run_id
-from wan_dist.cli.free_text import is_multirun, literal_overrides, overrides_first, unguard
+from wan_dist.cli.free_text import config_dirs, is_multirun, literal_overrides, overrides_first, unguard
 from wan_dist.cli.overrides import check_overrides
-from wan_dist.config.normalise import normalise_switches
 from wan_dist.config.schema import Config
 from wan_dist.config.store import conf_dir, register_schemas
 from wan_dist.planning.refusal import Refusal, RefusedError
@@ -34,15 +34,18 @@ def compose_and_run(
     multirun = is_multirun(arguments)
     overrides = overrides_first(literal_overrides(arguments, multirun=multirun))
     register_schemas()
+    if multirun and any(a in ("-c", "--cfg") or a.startswith("--cfg=") for a in arguments):
+        print("wan-dist: --cfg shows one job's configuration: leave --multirun out", file=sys.stderr)
+        return REFUSED
 
     def invocation(named: bool, job_dir: Path | None) -> Invocation:
         return Invocation(named, job_dir or default_dir or Path("outputs") / run_id(), world, local_ranks)
 
-    typed = [o for o in overrides if not o.startswith("-") and "=" in o]
-    bad, good = check_overrides(typed)
+    dirs = config_dirs(arguments)
+    bad, good = check_overrides([o for o in overrides if not o.startswith("-") and "=" in o], dirs)
     if bad:
-        rest = [] if multirun or any("/" in r.key or r.why == "no such option" for r in bad) else good
-        print(f"wan-dist: {RefusedError(bad + _other_refusals(rest, invocation))}", file=sys.stderr)
+        more = [] if multirun else _other_refusals(bad, good, dirs, invocation)
+        print(f"wan-dist: {RefusedError(bad + more)}", file=sys.stderr)
         return REFUSED
 
     codes: list[int] = []
@@ -53,9 +56,7 @@ def compose_and_run(
 
         hydra_cfg = HydraConfig.get()
         job_dir = Path(hydra_cfg.runtime.output_dir) if hydra_cfg.mode == RunMode.MULTIRUN else None
-        codes.append(
-            _outcome(lambda: run(_typed(cfg), invocation(_names_model(hydra_cfg.overrides.task, cfg), job_dir)))
-        )
+        codes.append(_outcome(lambda: run(_typed(cfg), invocation(_names_model(hydra_cfg), job_dir))))
 
     import hydra
 
@@ -96,27 +97,34 @@ def _typed(cfg: Any) -> Config:
         raise RefusedError([Refusal(key, "?", why, "see conf/README.md for every key")]) from error
     assert isinstance(config, Config)
     unguard(config)
-    normalise_switches(config)
     return config
 
 
-def _names_model(task_overrides: Sequence[str], cfg: Any) -> bool:
+def _names_model(hydra_cfg: Any) -> bool:
     """Whether a model was chosen: on the command line, or (by an experiment) another one than the default."""
-    return any(o.lstrip("+").startswith("model=") for o in task_overrides) or cfg.model.name != DEFAULT_MODEL
+    typed = any(o.lstrip("+").startswith("model=") for o in hydra_cfg.overrides.task)
+    return typed or hydra_cfg.runtime.choices.model != DEFAULT_MODEL
 
 
-def _other_refusals(overrides: list[str], invocation: Callable[[bool, Path | None], Invocation]) -> list[Refusal]:
+def _other_refusals(
+    bad: list[Refusal],
+    good: list[str],
+    dirs: list[Path],
+    invocation: Callable[[bool, Path | None], Invocation],
+) -> list[Refusal]:
     """What else is wrong, judged without the overrides that were refused already."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    if not overrides:
-        return []
+    path = ",".join(f"file://{folder.absolute()}" for folder in dirs)
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = compose("config", overrides=overrides)
-        check(_typed(cfg), invocation(_names_model(overrides, cfg), None))
+            cfg = compose("config", [*good, f"hydra.searchpath=[{path}]"], return_hydra_config=True)
+        known = not any(refusal.key == "model" or refusal.key.startswith("model.") for refusal in bad)
+        named = _names_model(cfg.hydra)
+        user = {key: cfg._get_node(key) for key in cfg if key != "hydra"}
+        check(_typed(user), replace(invocation(named, None), model_known=known))
     except RefusedError as error:
         return error.refusals
     except (HydraException, OmegaConfBaseException):

@@ -6,6 +6,7 @@ into a quoted string of that grammar that stands for exactly the characters the 
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from wan_dist.config.schema import FREE_TEXT, Config
@@ -72,3 +73,14 @@ def overrides_first(arguments: Sequence[str]) -> list[str]:
         is_override = "=" in argument and not argument.startswith("-") and before not in _VALUE_FLAGS
         (overrides if is_override else flags).append(argument)
     return overrides + flags
+
+
+def config_dirs(arguments: Sequence[str]) -> list[Path]:
+    """The folders that `--config-dir` (or `-cd`) names."""
+    found = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if before in ("--config-dir", "-cd"):
+            found.append(Path(argument))
+        elif argument.startswith("--config-dir="):
+            found.append(Path(argument.removeprefix("--config-dir=")))
+    return found

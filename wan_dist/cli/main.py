@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,8 @@ from wan_dist.cli.free_text import is_multirun
 from wan_dist.config.schema import Config
 from wan_dist.planning.refusal import Refusal, RefusedError
 from wan_dist.topology import RankEnv, rank_env
+
+_CONNECT_S = 20
 
 
 def main() -> NoReturn:
@@ -66,7 +69,8 @@ def _torchrun_rank(arguments: Sequence[str], env: RankEnv) -> NoReturn:
     die_with_parent()
     from wan_dist.distributed.process_group import agent_store
 
-    store = agent_store(timeout_s=24 * 3600)  # a first run may fetch a large checkpoint before it answers
+    store = agent_store(_CONNECT_S)  # torchrun serves it already; if it does not, torchrun is dead
+    store.set_timeout(timedelta(days=1))  # local rank 0 may fetch a large checkpoint before it answers
     key = f"wan_dist/frozen/{env.node_rank}"
     if env.local_rank != 0:
         answer = store.get(key).decode()

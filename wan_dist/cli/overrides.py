@@ -4,6 +4,7 @@ wants to read all of them, each with what is allowed."""
 import difflib
 from collections.abc import Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from wan_dist.config.schema import GROUPS, Config, leaves
@@ -13,8 +14,11 @@ from wan_dist.planning.refusal import Refusal
 _GROUP_NAMES = (*GROUPS, "experiment")
 
 
-def check_overrides(overrides: Sequence[str]) -> tuple[list[Refusal], list[str]]:
-    """The refusals, and the overrides that have none. What Hydra's parser cannot read is left for Hydra to explain."""
+def check_overrides(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> tuple[list[Refusal], list[str]]:
+    """The refusals, and the overrides that have none. What Hydra's parser cannot read is left for Hydra to explain.
+
+    config_dirs: folders beside conf/ that hold config groups too (`--config-dir`).
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -23,7 +27,7 @@ def check_overrides(overrides: Sequence[str]) -> tuple[list[Refusal], list[str]]
     good: list[str] = []
     for text in overrides:
         try:
-            found = _check(parser.parse_override(text))
+            found = _check(parser.parse_override(text), config_dirs)
         except HydraException:
             found = []
         refusals += found
@@ -32,27 +36,36 @@ def check_overrides(overrides: Sequence[str]) -> tuple[list[Refusal], list[str]]
     return refusals, good
 
 
-def _check(override: Any) -> list[Refusal]:
+def _check(override: Any, config_dirs: Sequence[Path]) -> list[Refusal]:
     key = override.key_or_group
     if key.split(".")[0] == "hydra" or key.startswith("hydra/") or override.is_delete() or override.package:
         return []
     if key in _GROUP_NAMES:
-        options = group_options(key)
-        names = [name for name in _values(override) if isinstance(name, str) and name not in options]
-        return [Refusal(key, name, "no such option", f"use {', '.join(options)}") for name in names]
+        return [refusal for value in _values(override) for refusal in _check_option(key, value, config_dirs)]
+    return [refusal for value in _values(override) for refusal in _check_value(key, value)]
+
+
+def _check_option(group: str, value: Any, config_dirs: Sequence[Path]) -> list[Refusal]:
+    """`group=NAME`; or `group={steps: 3}`, which sets keys."""
+    options = group_options(group, config_dirs)
+    if value in options or (value is None and group == "experiment"):
+        return []
+    if isinstance(value, dict) and group in GROUPS:
+        return _check_value(group, value)
+    return [Refusal(group, value, "no such option", f"use {', '.join(options)}")]
+
+
+def _check_value(key: str, value: Any) -> list[Refusal]:
     rules = {leaf: rule for leaf, _, rule in leaves(Config())}
     if key in rules:
-        return [r for value in _values(override) for r in _check_type(key, value, rules[key])]
+        return _check_type(key, value, rules[key])
     if any(leaf.startswith(key + ".") for leaf in rules):
-        return []  # a whole node, `sampler={steps: 3}`: the merge with the schema checks it
+        items = value.items() if isinstance(value, dict) else ()
+        return [refusal for name, item in items for refusal in _check_value(f"{key}.{name}", item)]
     same_name = [leaf for leaf in rules if leaf.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     near = list(dict.fromkeys([*same_name, *difflib.get_close_matches(key, rules, n=3)]))
     remedy = f"did you mean {' or '.join(near)}?" if near else "wan-dist --help lists all keys"
-    return [Refusal(key, _shown(override), "no such key", remedy)]
-
-
-def _shown(override: Any) -> str:
-    return str(override.get_value_element_as_str())
+    return [Refusal(key, value, "no such key", remedy)]
 
 
 def _values(override: Any) -> list[Any]:

@@ -15,7 +15,13 @@ from wan_dist.config.schema import Config
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=1 << 20)
+    """The config as YAML that reads back equal; readable text where YAML leaves it alone, escapes where it would not
+    (it folds U+0085 and its like into line breaks)."""
+    values = asdict(config)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1 << 20)
+    if yaml.safe_load(text) != values:
+        text = yaml.safe_dump(values, sort_keys=False, width=1 << 20)
+    return text
 
 
 def from_yaml(text: str) -> Config:

@@ -14,9 +14,9 @@ def one_of(default: Any, *values: str) -> Any:
     return field(default=default, metadata={"choices": values})
 
 
-def at_least(default: Any, low: float, high: float = float("inf"), *, above: bool = False) -> Any:
-    """A number that must be finite, `>= low` (`> low` where `above`) and `<= high`."""
-    return field(default=default, metadata={"low": low, "high": high, "above": above})
+def at_least(default: Any, low: float, high: float = float("inf"), *, above: bool = False, multiple: int = 0) -> Any:
+    """A number that must be finite, `>= low` (`> low` where `above`), `<= high`, and a multiple where one is given."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above, "multiple": multiple})
 
 
 def finite(default: Any = None) -> Any:
@@ -126,18 +126,39 @@ class RuntimeConfig:
 
 
 @dataclass(kw_only=True)
+class LaunchConfig:
+    """Several nodes without Slurm."""
+
+    nodes: int = at_least(1, 1)
+    node_rank: int | None = at_least(None, 0)
+    head: str | None = None
+    port: int | None = at_least(None, 1, 65535)
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    """The machine that `task=plan` plans for."""
+
+    ranks: int | None = at_least(None, 1)
+    nodes: int | None = at_least(None, 1)
+    device_memory_gb: float | None = at_least(None, 0, above=True)
+    host_memory_gb: float | None = at_least(None, 0, above=True)
+
+
+@dataclass(kw_only=True)
 class BenchConfig:
-    """`task=bench`: the shape of the random transformer that is timed, and how often."""
+    """`task=bench`: the shape of the random transformer that is timed, and how often. Null is the device's default:
+    see `wan_dist.planning.defaults.BENCH_DEFAULTS`."""
 
     kind: str = one_of("step", "step")
-    blocks: int = at_least(8, 1)
-    heads: int = at_least(8, 1)
-    head_dim: int = at_least(64, 8)
-    ffn: int = at_least(2048, 1)
-    text_dim: int = at_least(512, 1)
-    frames: int = at_least(4, 1)  # latent frames
-    rows: int = at_least(64, 2)  # latent rows
-    columns: int = at_least(64, 2)  # latent columns; tokens = frames * rows/2 * columns/2
+    blocks: int | None = at_least(None, 1)
+    heads: int | None = at_least(None, 1)
+    head_dim: int | None = at_least(None, 8, multiple=2)
+    ffn: int | None = at_least(None, 1)
+    text_dim: int | None = at_least(None, 1)
+    frames: int | None = at_least(None, 1)  # latent frames
+    rows: int | None = at_least(None, 2, multiple=2)  # latent rows
+    columns: int | None = at_least(None, 2, multiple=2)  # latent columns; tokens = frames * rows/2 * columns/2
     guidance: bool = True
     repeats: int = at_least(3, 1)
 
@@ -161,6 +182,8 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 # Keys whose text is taken exactly as the program receives it, whatever Hydra's grammar would make of it.
@@ -186,6 +209,8 @@ GROUPS: dict[str, type] = {
     "output": OutputConfig,
     "runtime": RuntimeConfig,
     "bench": BenchConfig,
+    "launch": LaunchConfig,
+    "plan": PlanConfig,
 }
 
 

@@ -1,5 +1,6 @@
 """Where the YAML of the config groups lies, and the registration of their schemas with Hydra."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from wan_dist.config.schema import GROUPS, Config
@@ -12,9 +13,9 @@ def conf_dir() -> Path:
     return inside if (inside / "config.yaml").is_file() else package.parent / "conf"
 
 
-def group_options(group: str) -> list[str]:
-    """The names that `group=NAME` takes, sorted."""
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+def group_options(group: str, more_dirs: Sequence[Path] = ()) -> list[str]:
+    """The names that `group=NAME` takes, sorted; `more_dirs` are a user's own config folders."""
+    return sorted({path.stem for folder in (conf_dir(), *more_dirs) for path in (folder / group).glob("*.yaml")})
 
 
 def register_schemas() -> None:

@@ -37,10 +37,6 @@ class Mesh:
     def __getitem__(self, name: str) -> Axis:
         return self.axes[name]
 
-    @property
-    def degrees(self) -> dict[str, int]:
-        return {name: self.axes[name].size for name in AXES}
-
 
 def build_mesh(degrees: dict[str, int], device_type: str) -> Mesh:
     """The mesh of `degrees` over the default process group, whose size must be their product.

@@ -52,6 +52,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path}/model_index.json: names no {name}")
     if not any(name in configs for name in EXPERTS):
         raise CheckpointError(f"{path}/model_index.json: names no transformer")
+    boundary = index.get("boundary_ratio")
+    if boundary is not None and (isinstance(boundary, bool) or not isinstance(boundary, (int, float))):
+        raise CheckpointError(f"{path}/model_index.json: boundary_ratio is {boundary!r}, not a number")
     if not (path / "tokenizer").is_dir():
         raise CheckpointError(f"{path / 'tokenizer'}: no such folder")
     return Checkpoint(path, index, configs, _read_json(path / "scheduler" / "scheduler_config.json"))
@@ -70,16 +73,17 @@ def weight_problems(checkpoint: Checkpoint) -> list[str]:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 over the JSON files and over name, length and header of every weight file: cheap, yet any other
-    architecture, dtype, sharding or size of weights changes it (the weights' own bytes are not read)."""
+    """SHA-256 over the checkpoint's JSON files and over name, length and header of every weight file: cheap, yet any
+    other architecture, dtype, sharding or size of weights changes it (the weights' own bytes are not read)."""
     digest = hashlib.sha256()
-    for file in sorted(checkpoint.path.rglob("*.json")):
-        digest.update(str(file.relative_to(checkpoint.path)).encode() + b"\0" + file.read_bytes())
-    for name in sorted(checkpoint.configs):
-        for file in weight_files(checkpoint.path / name)[0]:
-            with file.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                digest.update(f"{name}/{file.name}:{file.stat().st_size}".encode() + stream.read(min(length, 1 << 26)))
+    path = checkpoint.path
+    folders = [path / name for name in sorted({*checkpoint.configs, "scheduler", "tokenizer"})]
+    for file in [path / "model_index.json", *(file for folder in folders for file in sorted(folder.glob("*.json")))]:
+        digest.update(str(file.relative_to(path)).encode() + b"\0" + file.read_bytes())
+    for file in [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]:
+        with file.open("rb") as stream:
+            header = stream.read(min(int.from_bytes(stream.read(8), "little"), 1 << 26))
+        digest.update(f"{file.relative_to(path)}:{file.stat().st_size}".encode() + header)
     return digest.hexdigest()
 
 

@@ -4,6 +4,9 @@ Two steps, so that a config is refused before gigabytes are fetched: `configs` g
 read, `complete` one whose weights are there too. Imports no torch (building the tiny model does, when it is needed).
 """
 
+import contextlib
+import hashlib
+import io
 import os
 import re
 import tempfile
@@ -14,6 +17,7 @@ from wan_dist.loading.tensor_files import CheckpointError
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
+_HUB_TIMEOUT_S = 3.0
 _CONFIG_FILES = ["*.json", "tokenizer/*"]
 _WEIGHT_FILES = ["*/*.safetensors", "*/*.safetensors.index.json"]
 
@@ -52,17 +56,27 @@ class Source:
             if self.name.startswith("~"):
                 why += "; ~ is the shell's to expand, and it does so only at the start of a word"
             raise CheckpointError(f"{self.name}: {why}")
-        # A hub that cannot be reached must not hold up the refusal: one short try instead of the default's several.
-        os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "3")
-        from huggingface_hub import snapshot_download
+        return self._snapshot(patterns)
 
+    def _snapshot(self, patterns: list[str]) -> Path:
+        """The hub's current revision; where the hub cannot be asked (offline, or no answer within seconds), the one in
+        its cache."""
+        from huggingface_hub import HfApi, snapshot_download
+
+        asked: Exception | None = None
         try:
-            return Path(snapshot_download(self.name, allow_patterns=patterns))
-        except Exception as error:  # the hub's client raises its own, requests', httpx's and OS errors
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            # snapshot_download asks the same without a time limit, and a hub that is mute would hang the refusal.
+            HfApi().model_info(self.name, timeout=_HUB_TIMEOUT_S)
+        except Exception as error:  # the hub's client raises its own, httpx's and OS errors
+            asked = error
+        try:
+            return Path(snapshot_download(self.name, allow_patterns=patterns, local_files_only=asked is not None))
+        except Exception as error:
+            reason = asked or error
+            first = next(iter(str(reason).strip().splitlines()), "")
             raise CheckpointError(
                 f"{self.name}: no such folder here, and as a hub id it is neither in the cache nor to be had "
-                f"({type(error).__name__}: {reason})"
+                f"({type(reason).__name__}: {first})"
             ) from error
 
 
@@ -75,18 +89,21 @@ def cache_dir() -> Path:
 def _built(name: str) -> Path:
     """The random checkpoint made from the configs in `assets/NAME`, built on first use and then kept.
 
-    Its folder carries the version, since another version may build other weights; the rename makes a second process
-    that builds at the same time harmless.
+    Its folder carries the version and a digest of the configs, since others may give other weights; the rename makes
+    a second process that builds at the same time harmless.
     """
     from wan_dist import __version__
 
-    target = cache_dir() / f"{name}-{__version__}"
+    files = sorted((_ASSETS / name).rglob("*.json"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+    target = cache_dir() / f"{name}-{__version__}-{digest}"
     if not (target / "model_index.json").is_file():
         from wan_dist.models.random_weights import save_random_checkpoint
 
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
-            save_random_checkpoint(_ASSETS / name, Path(scratch) / name)
+            with contextlib.redirect_stderr(io.StringIO()):  # transformers' progress bars over a second's work
+                save_random_checkpoint(_ASSETS / name, Path(scratch) / name)
             try:
                 (Path(scratch) / name).rename(target)
             except OSError:

@@ -50,6 +50,17 @@ def on_every_rank(axis: Axis, action: Callable[[], Result]) -> Result:
     return result
 
 
+def from_files(folder: Path, build: Callable[[], Result]) -> Result:
+    """`build()`, whose errors are the checkpoint's: libraries raise all kinds over a config or tokenizer file."""
+    try:
+        return build()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise CheckpointError(f"{folder}: cannot be used ({type(error).__name__}: {first})") from error
+
+
 @dataclass(frozen=True)
 class MatchedWeights:
     """A meta module and, for each of its tensors, where it lies: `places` are all names of a tied tensor."""

@@ -18,17 +18,21 @@ def meta_text_encoder(folder: Path, class_name: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint's `tokenizer` folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def encode_prompts(
-    encoder: Any, tokenizer_folder: Path, prompt: str, negative_prompt: str | None, device: torch.device
+    encoder: Any, tokenizer: Any, prompt: str, negative_prompt: str | None, device: torch.device
 ) -> torch.Tensor:
     """`[n, 512, width]`: the prompt, and the negative prompt unless it is None. Cleaned, tokenised and padded by
     `WanPipeline.encode_prompt`."""
     from diffusers import WanPipeline
-    from transformers import AutoTokenizer
 
-    pipe = WanPipeline(
-        tokenizer=AutoTokenizer.from_pretrained(tokenizer_folder), text_encoder=encoder, vae=None, scheduler=None
-    )
+    pipe = WanPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=None, scheduler=None)
     positive, negative = pipe.encode_prompt(
         prompt,
         negative_prompt,

@@ -8,9 +8,12 @@ from diffusers.video_processor import VideoProcessor
 
 
 def meta_vae(config: dict[str, Any]) -> AutoencoderKLWan:
-    """The model without memory for its weights."""
+    """The model without memory for its weights. Raises ValueError where its statistics do not fit its latents."""
     with torch.device("meta"):
         model = AutoencoderKLWan.from_config(config)
+    for name in ("latents_mean", "latents_std"):
+        if len(model.config[name]) != model.config.z_dim:
+            raise ValueError(f"{name} has {len(model.config[name])} values for {model.config.z_dim} channels")
     return model.eval().requires_grad_(False)
 
 

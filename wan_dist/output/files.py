@@ -1,4 +1,4 @@
-"""Files of one generation: names, atomic writing, tensors."""
+"""Writing the files of one generation: whole or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -7,18 +7,13 @@ from pathlib import Path
 
 import torch
 
-_SUFFIXES = {"mp4": ".mp4", "frames": ".frames.safetensors", "latents": ".latents.safetensors", "record": ".json"}
-
-
-def output_path(folder: Path, name: str, kind: str) -> Path:
-    """The file of one kind: `mp4`, `frames`, `latents` or `record`."""
-    return folder / f"{name}{_SUFFIXES[kind]}"
+from wan_dist.output.names import output_paths
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
     """Remove temporaries that an earlier run of `name` left when it was killed."""
-    for kind in _SUFFIXES:
-        _temporary(output_path(folder, name, kind)).unlink(missing_ok=True)
+    for path in output_paths(folder, name):
+        _temporary(path).unlink(missing_ok=True)
 
 
 def _temporary(target: Path) -> Path:

@@ -63,15 +63,19 @@ class RankReport:
 
 
 def source_commit() -> str | None:
-    """The git commit of the checkout this package runs from, or None where it is installed from a wheel."""
+    """The git commit of the checkout this package runs from (`-dirty` behind it where files differ from it), or None
+    where it is installed from a wheel."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10)
+        commit, changes = (
+            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=10).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return commit + "-dirty" * bool(changes) if commit else None
 
 
 def library_versions() -> dict[str, str]:

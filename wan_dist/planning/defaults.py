@@ -3,12 +3,24 @@
 from copy import deepcopy
 from typing import Any
 
-from wan_dist.config.schema import Config, RecipeConfig
+from wan_dist.config.schema import BenchConfig, Config, RecipeConfig
 from wan_dist.loading.checkpoint import Checkpoint
 
 # Defaults of `diffusers.WanPipeline.__call__` (a test compares them with its signature). `fps` is not an argument
 # there; 16 is what the Wan models were trained at.
 PIPELINE_DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "steps": 50, "guidance_scale": 5.0, "fps": 16.0}
+
+# The shapes that `bench=step` times where none is given: small enough for a CPU; Wan2.1 1.3B at 480p on a GPU.
+BENCH_DEFAULTS = {
+    "cpu": {
+        "blocks": 8, "heads": 8, "head_dim": 64, "ffn": 2048, "text_dim": 512,
+        "frames": 4, "rows": 64, "columns": 64,
+    },
+    "cuda": {
+        "blocks": 30, "heads": 12, "head_dim": 128, "ffn": 8960, "text_dim": 4096,
+        "frames": 21, "rows": 60, "columns": 104,
+    },
+}  # fmt: skip
 
 # diffusers' scheduler classes <-> `sampler.solver`.
 SOLVERS = {
@@ -40,6 +52,12 @@ def resolve(config: Config, checkpoint: Checkpoint, *, recipe_applies: bool) -> 
     for name in ("height", "width", "num_frames", "fps"):
         setattr(video, name, _first(getattr(video, name), getattr(recipe, name), PIPELINE_DEFAULTS[name]))
     return resolved
+
+
+def resolve_bench(bench: BenchConfig, device: str) -> None:
+    """Fill the null shapes of `bench`, in place, with the device's defaults."""
+    for name, value in BENCH_DEFAULTS[device].items():
+        setattr(bench, name, _first(getattr(bench, name), value))
 
 
 def _first(*values: Any) -> Any:

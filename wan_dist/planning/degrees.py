@@ -24,6 +24,12 @@ def wanted_ranks(parallelism: ParallelismConfig, *, world: int | None, asked: in
     return prod(given.values()) if given else found
 
 
+def usable_ranks(ranks: int, *, heads: int, guided: bool) -> int:
+    """Of `ranks` that nobody ordered, as many as a mesh of guidance and Ulysses can use: a head for each at least."""
+    cfg = 2 if guided and ranks % 2 == 0 else 1
+    return cfg * min(ranks // cfg, heads)
+
+
 def choose_degrees(
     parallelism: ParallelismConfig, ranks: int, *, guided: bool, source: str
 ) -> tuple[dict[str, int], list[Refusal]]:

@@ -41,6 +41,14 @@ _AVAILABLE: dict[str, tuple[Any, ...]] = {
     "runtime.compile": (False,),
     "runtime.profile": (False,),
     "runtime.deterministic": (False,),
+    "launch.nodes": (1,),
+    "launch.node_rank": (None,),
+    "launch.head": (None,),
+    "launch.port": (None,),
+    "plan.ranks": (None,),
+    "plan.nodes": (None,),
+    "plan.device_memory_gb": (None,),
+    "plan.host_memory_gb": (None,),
 }
 _SEED_RANGE = (-(2**63), 2**64 - 1)  # what torch.Generator.manual_seed takes
 _LONGEST_SUFFIX = len(".latents.safetensors.tmp")
@@ -66,14 +74,20 @@ def value_refusals(config: Config) -> list[Refusal]:
 
 def _within(value: float, rule: dict[str, Any]) -> bool:
     above_low = value > rule["low"] if rule["above"] else value >= rule["low"]
-    return math.isfinite(value) and above_low and value <= rule["high"]
+    return (
+        math.isfinite(value)
+        and above_low
+        and value <= rule["high"]
+        and not (rule["multiple"] and value % rule["multiple"])
+    )
 
 
 def _limits(rule: dict[str, Any]) -> str:
-    """`finite`, `at least 1`, `above 0 and at most 1e+06`."""
+    """`finite`, `at least 1`, `above 0 and at most 1e+06`, `at least 2 and a multiple of 2`."""
     low = [] if rule["low"] == -math.inf else [f"{'above' if rule['above'] else 'at least'} {rule['low']:g}"]
     high = [] if rule["high"] == math.inf else [f"at most {rule['high']:g}"]
-    return " and ".join(low + high) or "finite"
+    even = [f"a multiple of {rule['multiple']}"] if rule["multiple"] else []
+    return " and ".join(low + high + even) or "finite"
 
 
 def request_refusals(config: Config) -> list[Refusal]:
@@ -159,10 +173,11 @@ def checkpoint_refusals(checkpoint: Checkpoint, key: str, name: str) -> list[Ref
 def video_refusals(video: VideoConfig, shape: ModelShape) -> list[Refusal]:
     """Sizes that the model cannot make; never rounded, the nearest legal ones are named."""
     found = []
+    frames = shape.stride_t * shape.patch[0]
     rules = (
         ("height", video.height, shape.multiple_h, 0, shape.patch[1] * shape.stride_s),
         ("width", video.width, shape.multiple_w, 0, shape.patch[2] * shape.stride_s),
-        ("num_frames", video.num_frames, shape.stride_t, 1, shape.stride_t),
+        ("num_frames", video.num_frames, frames, (1 - shape.stride_t) % frames, shape.stride_t),
     )
     for name, value, multiple, offset, per_position in rules:
         assert value is not None, "resolved before"
@@ -172,8 +187,12 @@ def video_refusals(video: VideoConfig, shape: ModelShape) -> list[Refusal]:
             rule = f"not a multiple of {multiple}" + (f" plus {offset}" if offset else "")
             legal = " or ".join(map(str, nearest_multiples(value, multiple, offset)))
             found.append(Refusal(f"video.{name}", value, rule, f"the nearest that fit are {legal}"))
-        elif (value - offset) // per_position + offset > shape.max_positions:
-            most = (shape.max_positions - offset) * per_position + offset
+        elif (value - 1) // per_position + 1 > shape.max_positions:
+            most = (
+                (shape.max_positions - 1) * per_position + 1
+                if name == "num_frames"
+                else shape.max_positions * per_position
+            )
             why = f"more than the model's {shape.max_positions} positions"
             found.append(Refusal(f"video.{name}", value, why, f"use {most} at most"))
     return found
@@ -186,6 +205,17 @@ def sampler_refusals(config: Config, sampler: SamplerConfig, checkpoint: Checkpo
         theirs = checkpoint.scheduler.get("_class_name")
         why = f"the checkpoint's scheduler {theirs} is none of {', '.join(SOLVERS)}"
         found.append(Refusal("sampler.solver", None, why, f"choose one: {', '.join(SOLVERS.values())}"))
+    scheduler = checkpoint.scheduler
+    noisy = {
+        "dpm++": str(scheduler.get("algorithm_type", "")).startswith("sde"),
+        "euler": scheduler.get("stochastic_sampling", False),
+    }
+    if noisy.get(str(sampler.solver)):
+        why = "as the checkpoint sets it up, it draws noise at every step, which no seed and no mesh would share"
+        found.append(Refusal("sampler.solver", sampler.solver, why, "use another solver"))
+    if scheduler.get("use_dynamic_shifting"):
+        why = "the checkpoint's scheduler shifts dynamically (use_dynamic_shifting), which Wan pipelines do not feed"
+        found.append(Refusal("sampler.solver", sampler.solver, why, "use a checkpoint with a plain flow_shift"))
     if config.sampler.guidance_scale_2 is not None and sampler.boundary_ratio is None:
         why = "this checkpoint has one expert and no boundary_ratio"
         found.append(Refusal("sampler.guidance_scale_2", config.sampler.guidance_scale_2, why, "leave it out"))
@@ -220,4 +250,7 @@ def device_refusals(config: Config, *, device: str, gpus: int, local_ranks: int)
         found.append(Refusal("parallelism", local_ranks, why, f"use degrees whose product is {gpus} at most"))
     if device == "cpu" and config.runtime.attention in ("efficient", "cudnn"):
         found.append(Refusal("runtime.attention", config.runtime.attention, "a GPU kernel", "use auto, flash or math"))
+    if device == "cuda" and config.runtime.attention in ("flash", "cudnn") and config.runtime.dtype == "float32":
+        why = "this kernel takes bfloat16 only"
+        found.append(Refusal("runtime.attention", config.runtime.attention, why, "use runtime.dtype=bfloat16, or auto"))
     return found

@@ -1,7 +1,7 @@
 """Pixels <-> latents <-> tokens of a Wan model, as arithmetic."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -21,9 +21,10 @@ class ModelShape:
 
     @classmethod
     def from_configs(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> "ModelShape":
-        """A key that an old config.json lacks takes the default of diffusers' class."""
+        """A key that an old config.json lacks takes the default of diffusers' class. Raises ValueError for a value that
+        is not a whole number above 0."""
         patch_t, patch_h, patch_w = transformer.get("patch_size", (1, 2, 2))
-        return cls(
+        shape = cls(
             heads=transformer.get("num_attention_heads", 40),
             channels=transformer.get("in_channels", 16),
             patch=(patch_t, patch_h, patch_w),
@@ -31,6 +32,10 @@ class ModelShape:
             stride_s=vae.get("scale_factor_spatial", 8),
             max_positions=transformer.get("rope_max_seq_len", 1024),
         )
+        for name, value in asdict(shape).items():
+            if not all(type(number) is int and number > 0 for number in (value if name == "patch" else [value])):
+                raise ValueError(f"its config has {name} {value!r}, not a whole number above 0")
+        return shape
 
     @property
     def multiple_h(self) -> int:

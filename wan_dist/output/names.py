@@ -1,0 +1,15 @@
+"""The names of one generation's files. Imports no torch."""
+
+from pathlib import Path
+
+_SUFFIXES = {"mp4": ".mp4", "frames": ".frames.safetensors", "latents": ".latents.safetensors", "record": ".json"}
+
+
+def output_path(folder: Path, name: str, kind: str) -> Path:
+    """The file of one kind: `mp4`, `frames`, `latents` or `record`."""
+    return folder / f"{name}{_SUFFIXES[kind]}"
+
+
+def output_paths(folder: Path, name: str) -> list[Path]:
+    """The files of all kinds."""
+    return [output_path(folder, name, kind) for kind in _SUFFIXES]
