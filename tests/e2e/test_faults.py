@@ -6,6 +6,7 @@ import textwrap
 import time
 from dataclasses import dataclass
 
+import psutil
 import pytest
 
 from e2e.processes import Running, files_in, processes_about, together
@@ -98,6 +99,18 @@ def test_nothing_is_left(ends, action):
 def test_a_signal_ends_the_run_in_one_sentence(ends, name):
     assert ends[name].code == 1
     assert ends[name].err.count(f"wan-dist: stopped by {name}") == 1 and "Traceback" not in ends[name].err
+
+
+def test_ranks_that_are_born_to_a_dead_parent_end(tmp_path, tiny):
+    """The parent killed in the very moment its first rank appears."""
+    typed = ["model=tiny", f"model.path={tiny}", "prompt=x", "sampler.steps=20000", f"output.dir={tmp_path}"]
+    with Running(["wan-dist", *typed, "parallelism.ulysses=2"], tmp_path) as run:
+        parent = psutil.Process(run.process.pid)
+        while not any("wan_dist.worker" in " ".join(rank.cmdline()) for rank in parent.children()):
+            assert run.process.poll() is None, run.err
+        run.process.kill()
+        run.finish()
+    assert processes_about(str(tmp_path), within=10) == []
 
 
 def test_a_killed_rank_is_named(ends):

@@ -35,6 +35,16 @@ CASES = {
     ),
     "sweep without --multirun": ([P, "sampler.steps=1,2"], ["sampler.steps=1,2", "--multirun"]),
     "unreadable": ([P, "sampler.steps=("], ["sampler.steps=("]),
+    "bad group and bad values": (
+        ["sampler=nope", "video.height=65", "output.formats=[gif]"],
+        ["(4 reasons)", "sampler=nope", "video.height=65", "output.formats=gif", "prompt=null"],
+    ),
+    "bad model and bad values": ([P, "model=nope", "sampler.steps=0"], ["(2 reasons)", "sampler.steps=0"]),
+    "a table of keys": ([P, "sampler={steps: 3, foo: 3}"], ["sampler.foo=3", "no such key"]),
+    "a user's experiment": (
+        ["--config-dir", "PLACES/mine", "experiment=mine", "video.height=65"],
+        ["(1 reason)", "video.height=65"],
+    ),
     "several": (
         ["sampler.stepz=3", "sampler.steps=0", "video.height=65", "video.num_frames=18", "parallelism.ulysses=9"],
         ["(6 reasons)", "prompt=null", "sampler.stepz=3", "sampler.steps=0", "video.height=65", "video.num_frames=18",
@@ -49,6 +59,10 @@ def places(tmp_path_factory, tiny):
     places = tmp_path_factory.mktemp("places")
     (places / "empty").mkdir()
     (places / "blank.txt").write_text("\n  \n")
+    (places / "mine" / "experiment").mkdir(parents=True)
+    (places / "mine" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nprompt: a cat\nparallelism: {vae: off}\nsampler: {steps: 3}\n"
+    )
     shutil.copytree(tiny, places / "pickled")
     for weights in (places / "pickled").glob("*/*.safetensors*"):
         weights.unlink()

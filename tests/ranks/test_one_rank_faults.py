@@ -1,8 +1,10 @@
 """A fault that one rank sees is the same error on all of them."""
 
+import shutil
+
 import pytest
 
-from support.ranks import run_ranks
+from support.ranks import generate, run_ranks
 from wan_dist.distributed.process_group import process_group
 from wan_dist.loading.tensor_files import CheckpointError
 from wan_dist.loading.weights import on_every_rank
@@ -28,3 +30,20 @@ def read_with_one_bad_rank(env, bad: int) -> str:
 @pytest.mark.parametrize("bad", [0, 2])
 def test_all_ranks_raise_it(bad):
     assert run_ranks(3, read_with_one_bad_rank, bad) == ["shard 2: tensor 'a' is cut short"] * 3
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer/tokenizer.json", "{"),
+        ("text_encoder/config.json", '{"model_type": "umt5", "d_model": "wide"}'),
+        ("vae/config.json", '{"_class_name": "AutoencoderKLWan", "z_dim": 4}'),
+    ],
+)
+def test_a_file_that_a_library_cannot_use_is_named(tmp_path, tiny, file, text):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    (broken / file).write_text(text)
+    with pytest.raises(AssertionError) as caught:
+        generate(tmp_path, broken, **{"output.formats": ["frames"], "parallelism.ulysses": 2})
+    assert f"CheckpointError: {broken / file.split('/')[0]}: cannot be used" in str(caught.value)

@@ -1,5 +1,7 @@
 """Checking a whole configuration: resolved and placed where it can run, every reason at once where it cannot."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,44 @@ def test_a_fresh_run_directory_has_no_old_logs(checked):
         (directory / name).write_text("old")
     freeze_run(checked(**SMALL))
     assert sorted(path.name for path in directory.iterdir()) == ["config.yaml", "mine.txt"]
+
+
+def with_scheduler(tmp_path, **changes) -> str:
+    shutil.copytree(WAN_SHAPES, tmp_path / "changed")
+    file = tmp_path / "changed" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return str(tmp_path / "changed")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True},
+        {"use_dynamic_shifting": True},
+    ],
+)
+def test_schedulers_that_no_seed_decides_or_no_pipeline_feeds(reasons, tmp_path, changes):
+    assert reasons(**SMALL, **{"model.path": with_scheduler(tmp_path, **changes)}) == ["sampler.solver"]
+
+
+def test_auto_takes_no_more_ranks_than_the_model_can_use(checked, monkeypatch):
+    monkeypatch.setattr("wan_dist.agent.prepare.DEFAULT_CPU_RANKS", 32)
+    assert checked(**SMALL).config.parallelism.ulysses == 8  # of 8 heads, times guidance
+    assert checked(**SMALL, **{"sampler.guidance_scale": 1.0}).ranks == 8
+
+
+def test_a_name_alone_does_not_bring_a_recipe(checked):
+    assert checked(**SMALL, **{"model.name": "wan_shapes"}).config.sampler.steps == 50
+
+
+def test_a_folder_in_the_place_of_an_output(reasons, tmp_path):
+    (tmp_path / "out" / "video.mp4").mkdir(parents=True)
+    assert reasons(**SMALL) == ["output.name"]
+
+
+def test_a_config_value_of_the_wrong_type(reasons, tmp_path):
+    path = with_scheduler(tmp_path)
+    file = tmp_path / "changed" / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_attention_heads": "4"}))
+    assert reasons(**SMALL, **{"model.path": path}) == ["model.path"]

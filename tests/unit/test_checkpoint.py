@@ -114,3 +114,20 @@ def test_any_other_architecture_has_another_fingerprint(copy, change):
         file = copy / {"config": "vae/config.json", "scheduler": "scheduler/scheduler_config.json"}[change]
         file.write_text(json.dumps({**json.loads(file.read_text()), "extra": 1}))
     assert fingerprint(open_checkpoint(copy)) != before
+
+
+def test_a_missing_shard_is_no_reason_to_lose_the_record(copy):
+    before = fingerprint(open_checkpoint(copy))
+    (copy / TRANSFORMER).unlink()
+    assert fingerprint(open_checkpoint(copy)) != before
+
+
+def test_other_files_in_the_folder_do_not_count(copy):
+    before = fingerprint(open_checkpoint(copy))
+    (copy / "video.json").write_text("{}")
+    assert fingerprint(open_checkpoint(copy)) == before
+
+
+def test_a_boundary_that_is_no_number(copy):
+    edit_index(copy, boundary_ratio="0.9")
+    assert "boundary_ratio is '0.9', not a number" in refusal(copy)

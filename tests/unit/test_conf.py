@@ -106,6 +106,11 @@ def test_the_other_spelling_of_dpm():
     assert composed("sampler.solver=dpm++").sampler.solver == "dpm++"
 
 
+def test_an_experiment_overrides_the_root():
+    config = composed("experiment=bench_14b_720p")
+    assert (config.task, config.bench.heads, config.bench.columns) == ("bench", 40, 160)
+
+
 def test_an_experiment_overrides_groups():
     config = composed("experiment=a14b_8gpu")
     assert config.model.recipe.guidance_scale_2 == 3.0

@@ -65,3 +65,9 @@ def test_a_missing_key_is_an_error():
     del values["prompt"], values["video"]
     with pytest.raises(ValueError, match=r"Config.*\['prompt', 'video'\]"):
         freeze.from_yaml(yaml.safe_dump(values))
+
+
+@pytest.mark.parametrize("separator", ["\x85", "\u2028", "\u2029", "\x0b", "\x0c", "\x7f", "\ufeff", "\udc80"])
+def test_characters_that_yaml_would_fold(separator):
+    config = Config(prompt=f"a{separator}b")
+    assert freeze.from_yaml(freeze.to_yaml(config)) == config
