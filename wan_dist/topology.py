@@ -18,6 +18,7 @@ class RankEnv:
     node_rank: int
     run_id: str
     host: str
+    nodes: int = 1
 
 
 def rank_env(env: Mapping[str, str] = os.environ) -> RankEnv | None:
@@ -32,6 +33,7 @@ def rank_env(env: Mapping[str, str] = os.environ) -> RankEnv | None:
         node_rank=int(env.get("GROUP_RANK", "0")),
         run_id=env["TORCHELASTIC_RUN_ID"],
         host=socket.gethostname(),
+        nodes=int(env.get("GROUP_WORLD_SIZE", "1")),
     )
 
 

@@ -53,8 +53,8 @@ def run_rank(config_path: Path, env: RankEnv) -> NoReturn:
         code = 1
         _record_failure(error, env, run_dir, log, state)
     gc.collect()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        _try(stream.flush)
     os._exit(code)  # past the interpreter's teardown, where a process group's threads can abort
 
 
@@ -75,8 +75,8 @@ def _run_task(config: Config, env: RankEnv, state: dict[str, Any]) -> None:
         bench.run(config, env, device)
         return
     outputs = pipeline.generate(config, env, device, report)
-    for kind in sorted(outputs, key=lambda kind: kind == "mp4"):  # the video's path last
-        print(outputs[kind], flush=True)
+    paths = [outputs[kind] for kind in sorted(outputs, key=lambda kind: kind == "mp4")]  # the video's path last
+    _try(lambda: print("\n".join(paths), flush=True) if paths else None)
     logger.info("done: %s", outputs)
 
 
@@ -85,7 +85,8 @@ def _record_failure(error: BaseException, env: RankEnv, run_dir: Path, log: Path
     from wan_dist.distributed.collectives import PeerLostError
     from wan_dist.loading.tensor_files import CheckpointError, RemoteCheckpointError
 
-    if isinstance(error, (PeerLostError, RemoteCheckpointError)):
+    consequence = isinstance(error, (PeerLostError, RemoteCheckpointError))
+    if consequence:
         # Another rank failed first; its agent is about to end this one. Only if none does is this the failure.
         logger.error("another rank failed: %s", error)
         time.sleep(_WAIT_FOR_AGENT_S)
@@ -99,6 +100,7 @@ def _record_failure(error: BaseException, env: RankEnv, run_dir: Path, log: Path
         "message": f"{type(error).__name__}: {error}",
         "traceback": "".join(traceback.format_exception(error)),
         "expected": isinstance(error, CheckpointError),
+        "consequence": consequence,
         "log": str(log),
     }
     logger.error("failed in phase %s\n%s", failure["phase"], failure["traceback"])
@@ -109,11 +111,11 @@ def _record_failure(error: BaseException, env: RankEnv, run_dir: Path, log: Path
 
 
 def _try(action: Callable[[], Any]) -> None:
-    """Run-down must go on where the disk is full or the folder gone."""
+    """Telling the user must not fail a run: the disk may be full, the terminal or the reader of a pipe gone."""
     try:
         action()
     except OSError as error:
-        logger.error("while reporting a failure: %s", error)
+        logger.error("could not be told: %s", error)
 
 
 def main() -> NoReturn:

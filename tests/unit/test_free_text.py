@@ -1,12 +1,13 @@
 """Free text typed on the command line arrives exactly as typed, whatever Hydra's grammar would make of it."""
 
 import random
+import re
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from wan_dist.cli.free_text import is_multirun, literal, literal_overrides, unguard
+from wan_dist.cli.free_text import _QUOTED, _unquote, config_dirs, is_multirun, literal, literal_overrides, unguard
 from wan_dist.config.schema import FREE_TEXT, Config
 
 PIECES = (
@@ -80,8 +81,11 @@ def test_everything_else_is_left_alone(argument):
 @pytest.mark.parametrize("text", ["'a','b'", "\"a, b\" , 'c'", "'it\\'s','b'", "'line\nbreak','b'"])
 def test_quoted_lists_sweep_only_under_multirun(parser, config, text):
     argument = f"prompt={text}"
-    assert literal_overrides([argument], multirun=True) == [argument]
-    assert parser.parse_override(argument).is_sweep_override()
+    (swept,) = literal_overrides([argument], multirun=True)
+    as_hydra = parser.parse_override(argument).sweep_string_iterator()
+    assert list(parser.parse_override(swept).sweep_string_iterator()) == [
+        parser.parse_override(f"x={element}").get_value_element_as_str().replace('"', "'") for element in as_hydra
+    ]
     (single,) = literal_overrides([argument], multirun=False)
     assert received(parser, config, single) == text
 
@@ -100,3 +104,27 @@ def test_multirun_flags(flag):
 @pytest.mark.parametrize("argument", ["prompt=-m", "--", "--help", "--multirunning", "m", "+m=1"])
 def test_not_multirun(argument):
     assert not is_multirun([argument])
+
+
+def test_the_elements_of_a_quoted_list_are_what_hydra_reads_them_as(parser):
+    rng, read = random.Random(3), 0
+    for _ in range(3000):
+        quote = rng.choice("'\"")
+        element = quote + "".join(rng.choices(["\\", "\\\\", "'", '"', "a", ",", "{", " "], k=rng.randrange(7))) + quote
+        if re.fullmatch(_QUOTED, element, re.DOTALL):
+            read += 1
+            assert _unquote(element) == parser.parse_override(f"prompt={element}").value(), element
+    assert read > 500
+
+
+def test_the_elements_of_a_quoted_list_are_literal(parser, config):
+    (override,) = literal_overrides(["prompt='a, b','c} ${x}','???'"], multirun=True)
+    elements = list(parser.parse_override(override).sweep_string_iterator())
+    assert [received(parser, config, f"prompt={e}") for e in elements] == ["a, b", "c} ${x}", "???"]
+
+
+@pytest.mark.parametrize(
+    "typed", [["--config-dir", "d"], ["--config-dir=d"], ["-cd", "d"], ["-cd=d"], ["--config-di", "d"]]
+)
+def test_config_dirs(typed):
+    assert [str(folder) for folder in config_dirs(["prompt=x", *typed, "sampler.steps=3"])] == ["d"]

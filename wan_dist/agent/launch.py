@@ -15,6 +15,7 @@ from typing import Any
 from wan_dist.log import rank_log_path
 from wan_dist.topology import usable_cores
 
+_CRASHES = tuple(-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
 _SHUTDOWN_S = 5  # ranks that ignore SIGTERM are killed after this
 
 
@@ -56,6 +57,7 @@ def launch(config_path: Path, ranks: int) -> None:
         max_restarts=0,
         monitor_interval=0.1,
         shutdown_timeout=_SHUTDOWN_S,
+        signals_to_handle=",".join(number.name for number in stopping_signals()),
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
     failed: list[tuple[int, int]] = []
@@ -70,6 +72,12 @@ def launch(config_path: Path, ranks: int) -> None:
     if failed:
         run_dir = config_path.parent
         raise RunFailedError(describe(root_cause([_failure(run_dir, rank, code) for rank, code in failed]), run_dir))
+
+
+def stopping_signals() -> list[signal.Signals]:
+    """The signals that end a run: SIGHUP is not one of them under `nohup`, which has it ignored."""
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT]
+    return numbers if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*numbers, signal.SIGHUP]
 
 
 def _quieten_torch() -> None:
@@ -125,13 +133,18 @@ def _failure(run_dir: Path, rank: int, exit_code: int) -> RankFailure:
 
 
 def root_cause(failures: list[RankFailure]) -> RankFailure:
-    """The failure that the others followed from: a rank killed by a signal other than the agent's SIGTERM, else the
-    earliest account, else the first rank."""
-    killed = [f for f in failures if f.exit_code < 0 and f.exit_code != -signal.SIGTERM and f.account is None]
-    told = [f for f in failures if f.account is not None]
-    if killed:
-        return killed[0]
-    return min(told, key=lambda f: (f.account or {})["time"]) if told else failures[0]
+    """The failure that the others followed from. In this order: a rank that was killed or crashed, the earliest rank
+    that told of an error of its own, one that aborted (NCCL aborts ranks whose peers are gone), any other."""
+    own = [f for f in failures if f.account is not None and not f.account.get("consequence")]
+    for candidates in (
+        [f for f in failures if f.account is None and f.exit_code in _CRASHES],
+        sorted(own, key=lambda f: (f.account or {})["time"]),
+        [f for f in failures if f.account is None and f.exit_code not in (0, -signal.SIGTERM)],
+        sorted((f for f in failures if f.account is not None), key=lambda f: (f.account or {})["time"]),
+    ):
+        if candidates:
+            return candidates[0]
+    return failures[0]
 
 
 def describe(failure: RankFailure, run_dir: Path) -> str:

@@ -94,10 +94,11 @@ def check(config: Config, invocation: Invocation) -> Checked:
     return Checked(config, source, prod(degrees.values()))
 
 
-def freeze_run(checked: Checked, *, fresh: bool = True) -> Path:
+def freeze_run(checked: Checked, *, node: int = 0) -> Path:
     """Fetch or build the checkpoint, make the run directory, and write the frozen config: returns its path.
 
-    fresh: remove what an earlier run of the name logged there (not where another node of this run has begun).
+    node: each has a file of its own, since a checkpoint may lie elsewhere on another node; the first also removes what
+    an earlier run of the name logged there.
     """
     config = deepcopy(checked.config)
     if checked.source is not None:
@@ -112,14 +113,15 @@ def freeze_run(checked: Checked, *, fresh: bool = True) -> Path:
     directory = run_dir(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for stale in [*directory.glob("rank*.log"), *directory.glob("failure.rank*.json")] if fresh else []:
+        for stale in [*directory.glob("rank*.log"), *directory.glob("failure.rank*.json")] if node == 0 else []:
             stale.unlink()
-        scratch = directory / "config.yaml.tmp"
+        frozen = directory / ("config.yaml" if node == 0 else f"config.node{node}.yaml")
+        scratch = frozen.with_name(frozen.name + ".tmp")
         scratch.write_text(freeze.to_yaml(config), encoding="utf-8")
-        scratch.replace(directory / "config.yaml")
+        scratch.replace(frozen)
     except OSError as error:
         raise RefusedError([_output_refusal(Path(str(config.output.dir)), error)]) from error
-    return directory / "config.yaml"
+    return frozen
 
 
 def _recipe_applies(config: Config, invocation: Invocation) -> bool:

@@ -47,16 +47,26 @@ def unguard(config: Config) -> None:
 
 
 def literal_overrides(arguments: Sequence[str], *, multirun: bool) -> list[str]:
-    """The command line with every free-text value quoted; under `--multirun` a list of quoted strings is left to
-    Hydra, which sweeps over it."""
+    """The command line with every free-text value quoted; under `--multirun` a list of quoted strings stays a list,
+    over which Hydra sweeps, each of its elements literal."""
     result = []
     for argument in arguments:
         match = _FREE_TEXT_OVERRIDE.fullmatch(argument)
-        if match and not (multirun and _QUOTED_LIST.fullmatch(match.group(3))):
+        if match:
             prefix, key, text = match.groups()
-            argument = f"{prefix}{key}={literal(text)}"
+            swept = multirun and _QUOTED_LIST.fullmatch(text)
+            values = [_unquote(element) for element in re.findall(_QUOTED, text, re.DOTALL)] if swept else [text]
+            argument = f"{prefix}{key}={','.join(map(literal, values))}"
         result.append(argument)
     return result
+
+
+def _unquote(element: str) -> str:
+    """What a quoted string of Hydra's grammar stands for: a run of backslashes before its kind of quote, or at the
+    end, is halved, and the quote is itself."""
+    quote, inner = element[0], element[1:-1]
+    inner = re.sub(rf"(\\*)\\{quote}", lambda m: m.group(1)[: len(m.group(1)) // 2] + quote, inner)
+    return re.sub(r"(\\+)\Z", lambda m: m.group(1)[: len(m.group(1)) // 2], inner)
 
 
 def is_multirun(arguments: Sequence[str]) -> bool:
@@ -70,7 +80,9 @@ def overrides_first(arguments: Sequence[str]) -> list[str]:
     overrides: list[str] = []
     flags: list[str] = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        is_override = "=" in argument and not argument.startswith("-") and before not in _VALUE_FLAGS
+        is_override = (
+            "=" in argument and not argument.startswith("-") and not (before in _VALUE_FLAGS or _is_config_dir(before))
+        )
         (overrides if is_override else flags).append(argument)
     return overrides + flags
 
@@ -79,8 +91,14 @@ def config_dirs(arguments: Sequence[str]) -> list[Path]:
     """The folders that `--config-dir` (or `-cd`) names."""
     found = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        if before in ("--config-dir", "-cd"):
+        flag, equals, value = argument.partition("=")
+        if _is_config_dir(before):
             found.append(Path(argument))
-        elif argument.startswith("--config-dir="):
-            found.append(Path(argument.removeprefix("--config-dir=")))
+        elif equals and _is_config_dir(flag):
+            found.append(Path(value))
     return found
+
+
+def _is_config_dir(flag: str) -> bool:
+    """`--config-dir`, also abbreviated as far as it is not another flag, or `-cd`."""
+    return flag == "-cd" or (flag.startswith("--config-d") and "--config-dir".startswith(flag))

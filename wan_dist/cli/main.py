@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from wan_dist.agent.launch import InterruptedRunError, launch
+from wan_dist.agent.launch import InterruptedRunError, launch, stopping_signals
 from wan_dist.agent.prepare import Checked, Invocation, check, freeze_run, run_id
 from wan_dist.cli.compose import FAILED, REFUSED, compose_and_run
 from wan_dist.cli.free_text import is_multirun
@@ -70,18 +70,24 @@ def _torchrun_rank(arguments: Sequence[str], env: RankEnv) -> NoReturn:
     from wan_dist.distributed.process_group import agent_store
 
     store = agent_store(_CONNECT_S)  # torchrun serves it already; if it does not, torchrun is dead
-    store.set_timeout(timedelta(days=1))  # local rank 0 may fetch a large checkpoint before it answers
-    key = f"wan_dist/frozen/{env.node_rank}"
-    if env.local_rank != 0:
-        answer = store.get(key).decode()
-    else:
-        answer = _compose_for_node(arguments, env, store)
-        store.set(key, answer)
-    if answer.startswith("exit "):
+    store.set_timeout(timedelta(days=1))  # a node may fetch a large checkpoint before it answers
+    if env.local_rank == 0:
+        store.set(_answer_key(env.node_rank), _compose_for_node(arguments, env, store))
+    answers = [store.get(_answer_key(node)).decode() for node in range(env.nodes)]
+    refused = [node for node, answer in enumerate(answers) if answer.startswith("exit ")]
+    if refused:
+        if env.local_rank == 0 and refused[0] not in (0, env.node_rank):
+            print(f"wan-dist: node {refused[0]} cannot run this; its own terminal says why", file=sys.stderr)
         sys.stdout.flush()
+        sys.stderr.flush()
         # The store lives in torchrun's agent, so nobody has to wait for anybody here.
-        os._exit(int(answer.removeprefix("exit ")))
-    run_rank(Path(answer), env)
+        os._exit(int(answers[refused[0]].removeprefix("exit ")))
+    run_rank(Path(answers[env.node_rank]), env)
+
+
+def _answer_key(node: int) -> str:
+    """Where local rank 0 of a node leaves the path of its frozen config, or `exit CODE`."""
+    return f"wan_dist/frozen/{node}"
 
 
 def _compose_for_node(arguments: Sequence[str], env: RankEnv, store: Any) -> str:
@@ -96,13 +102,13 @@ def _compose_for_node(arguments: Sequence[str], env: RankEnv, store: Any) -> str
         return f"exit {REFUSED}"
     if env.rank == 0:
         store.set("wan_dist/run_id", run_id(env.run_id))
-    elif (first := store.get("wan_dist/frozen/0").decode()).startswith("exit "):
+    elif (first := store.get(_answer_key(0)).decode()).startswith("exit "):
         return first  # the first node has said why
     name = store.get("wan_dist/run_id").decode()
     frozen: list[Path] = []
 
     def run(config: Config, invocation: Invocation) -> None:
-        frozen.append(freeze_run(check(config, invocation), fresh=env.rank == 0))
+        frozen.append(freeze_run(check(config, invocation), node=env.node_rank))
 
     default_dir = Path("outputs") / name
     code = compose_and_run(
@@ -117,5 +123,5 @@ def _stop_on_signals() -> None:
     def stop(number: int, _frame: Any) -> None:
         raise InterruptedRunError(f"stopped by {signal.Signals(number).name}")
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in stopping_signals():
         signal.signal(number, stop)

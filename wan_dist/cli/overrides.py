@@ -23,11 +23,14 @@ def check_overrides(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) 
     from hydra.errors import HydraException
 
     parser = OverridesParser.create()
+    elsewhere = any(text.lstrip("+").startswith("hydra.searchpath=") for text in overrides)  # options we cannot list
     refusals: list[Refusal] = []
     good: list[str] = []
     for text in overrides:
         try:
-            found = _check(parser.parse_override(text), config_dirs)
+            override = parser.parse_override(text)
+            is_group = override.key_or_group in _GROUP_NAMES
+            found = [] if elsewhere and is_group else _check(override, config_dirs)
         except HydraException:
             found = []
         refusals += found

@@ -15,7 +15,8 @@ def conf_dir() -> Path:
 
 def group_options(group: str, more_dirs: Sequence[Path] = ()) -> list[str]:
     """The names that `group=NAME` takes, sorted; `more_dirs` are a user's own config folders."""
-    return sorted({path.stem for folder in (conf_dir(), *more_dirs) for path in (folder / group).glob("*.yaml")})
+    roots = [folder / group for folder in (conf_dir(), *more_dirs)]
+    return sorted({str(path.relative_to(root).with_suffix("")) for root in roots for path in root.rglob("*.yaml")})
 
 
 def register_schemas() -> None:

@@ -21,6 +21,8 @@ class PeerLostError(RuntimeError):
 def _run(axis: Axis, name: str, collective: Callable[[], Any]) -> None:
     try:
         collective()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise PeerLostError(f"{name} over axis {axis.name!r} failed: {error}") from error
 
@@ -65,9 +67,9 @@ def _gather_flat(axis: Axis, tensor: torch.Tensor, sizes: Sequence[int]) -> list
     flat = tensor.contiguous().view(-1)
     if axis.size == 1:
         return [flat]
-    received = flat.new_empty(sum(sizes))
+    received, send = flat.new_empty(sum(sizes)), flat.repeat(axis.size)
     _run(axis, "all_gather", lambda: dist.all_to_all_single(
-        received, flat.repeat(axis.size), list(sizes), [flat.numel()] * axis.size, group=axis.group))  # fmt: skip
+        received, send, list(sizes), [flat.numel()] * axis.size, group=axis.group))  # fmt: skip
     axis.traffic["all_gather"] += (axis.size - 1) * flat.numel() * flat.element_size()
     ends = list(accumulate(sizes))
     return [received[end - size : end] for end, size in zip(ends, sizes, strict=True)]

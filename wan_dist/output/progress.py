@@ -1,5 +1,6 @@
 """Progress over steps: a bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -34,11 +35,9 @@ class Progress:
         if self._done in (1, self._total) or now - self._shown_at >= _QUIET_S:
             per_step = (now - self._start) / self._done
             left = per_step * (self._total - self._done)
-            print(
-                f"step {self._done}/{self._total}  {per_step:.2f} s/step  {_clock_time(left)} left",
-                file=self._stream,
-                flush=True,
-            )
+            line = f"step {self._done}/{self._total}  {per_step:.2f} s/step  {_clock_time(left)} left"
+            with contextlib.suppress(OSError):  # a reader that has gone away is no reason to stop
+                print(line, file=self._stream, flush=True)
             self._shown_at = now
 
     def close(self) -> None:
