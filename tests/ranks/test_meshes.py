@@ -33,6 +33,13 @@ def test_ulysses_of_any_length_and_head_count(tmp_path, checkpoints, heads, size
             assert (many - one).abs().max() <= 1e-5, degree
 
 
+def test_a_feed_forward_width_that_fills_no_vector(tmp_path, checkpoints):
+    path = checkpoints(heads=7, ffn=100)
+    request = {"video.height": 80, "video.width": 144, "video.num_frames": 13, "sampler.steps": 6}
+    one = generate(tmp_path, path, **ONE, **request)["latents"]
+    assert (generate(tmp_path, path, **mesh(ulysses=3), **request)["latents"] - one).abs().max() <= 1e-6
+
+
 def test_cfg_times_ulysses_with_two_experts(tmp_path, checkpoints):
     path = checkpoints(heads=3, experts=2, boundary_ratio=0.9, seed=2)
     scales = {"sampler.guidance_scale": 4.0, "sampler.guidance_scale_2": 1.0}

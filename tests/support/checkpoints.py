@@ -19,6 +19,7 @@ class CheckpointFactory:
         *,
         heads: int = 4,
         layers: int = 2,
+        ffn: int = 192,
         experts: int = 1,
         boundary_ratio: float | None = None,
         seed: int = 0,
@@ -26,14 +27,14 @@ class CheckpointFactory:
     ) -> Path:
         from wan_dist.models.random_weights import save_random_checkpoint
 
-        key = (heads, layers, experts, boundary_ratio, seed, max_shard_size)
+        key = (heads, layers, ffn, experts, boundary_ratio, seed, max_shard_size)
         if key not in self.built:
             target = self.folder / f"{len(self.built)}-{heads}heads-{experts}experts"
             save_random_checkpoint(
                 TINY,
                 target,
                 seed=seed,
-                transformer={"num_attention_heads": heads, "num_layers": layers},
+                transformer={"num_attention_heads": heads, "num_layers": layers, "ffn_dim": ffn},
                 experts=experts,
                 boundary_ratio=boundary_ratio,
                 max_shard_size=max_shard_size,

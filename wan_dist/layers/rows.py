@@ -3,18 +3,27 @@
 CPU matrix products take another kernel, with another order of summation, for fewer than four rows (measured with MKL
 on AVX-512 for every width tried: 1e-6 apart for 1 to 3 rows, equal bits from 4 on). A shard or a last block of
 queries that small would make the video depend on the number of ranks, so such tensors get rows of zeros that no
-other row ever sees and that are cut off again. GPU kernels work on fixed tiles and need none of this.
+other row ever sees and that are cut off again. Likewise the activation: its last elements, too few for a vector, are
+computed another way (GELU: 1e-7 apart), so rows are added until the elements fill whole vectors on every thread. The
+widths of the published models do that by themselves. GPU kernels work on fixed tiles and need none of this.
 """
+
+from math import gcd
 
 import torch
 import torch.nn.functional as F
 
 _ROWS = 4
+_ELEMENTS = 256  # 16 lanes of AVX-512, unrolled, for a few threads
 
 
-def rows_for(count: int, device: torch.device) -> int:
-    """The number of rows to compute with where `count` are wanted: at least four on a CPU."""
-    return max(count, _ROWS) if device.type == "cpu" else count
+def rows_for(count: int, width: int, device: torch.device) -> int:
+    """The number of rows to compute with where `count` are wanted and the activation is `width` wide: on a CPU at
+    least four, and so many that `rows * width` is a multiple of 256."""
+    if device.type != "cpu":
+        return count
+    step = _ELEMENTS // gcd(width, _ELEMENTS)
+    return max(-(-count // step) * step, _ROWS)
 
 
 def pad_rows(x_BL: torch.Tensor, rows: int) -> torch.Tensor:

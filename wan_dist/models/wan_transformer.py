@@ -73,11 +73,12 @@ def _split_rope(model: WanTransformer3DModel, axis: Axis) -> None:
 
 def _split_sequence(model: WanTransformer3DModel, axis: Axis) -> None:
     lengths: list[int] = []  # tokens of each rank in the forward that is running
+    ffn_width = model.config.ffn_dim
 
     def keep_my_tokens(_block: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         lengths[:] = split_sizes(args[0].shape[1], axis.size)
         mine = args[0].split(lengths, dim=1)[axis.rank]
-        return (pad_rows(mine, rows_for(mine.shape[1], mine.device)), *args[1:])
+        return (pad_rows(mine, rows_for(mine.shape[1], ffn_width, mine.device)), *args[1:])
 
     def gather_tokens(_proj: torch.nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
         return gather_dim(axis, output[:, : lengths[axis.rank]], 1, lengths)
