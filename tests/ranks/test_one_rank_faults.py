@@ -1,20 +1,23 @@
-"""A fault that one rank sees is the same error on all of them."""
+"""A fault that one rank meets is the same error on all of them, soon, and not a wait for one that is gone."""
 
+import errno
+import os
 import shutil
+import time
 
 import pytest
+import torch.distributed as dist
 
-from support.ranks import generate, run_ranks
-from wan_dist.distributed.process_group import process_group
-from wan_dist.loading.tensor_files import CheckpointError
+from support.ranks import frozen, generate, run_cases, run_generation, run_ranks
+from support.sharded import mesh_of
+from wan_dist.loading.tensor_files import CheckpointError, RemoteCheckpointError
 from wan_dist.loading.weights import on_every_rank
+
+FSDP = {"parallelism.fsdp.enabled": "on"}
 
 
 def read_with_one_bad_rank(env, bad: int) -> str:
-    import torch
-
-    degrees = {"dp": 1, "cfg": 1, "ring": 1, "ulysses": env.world_size, "tp": 1}
-    with process_group(env, degrees, torch.device("cpu"), 60) as mesh:
+    with mesh_of(env, ulysses=env.world_size) as mesh:
 
         def read() -> str:
             if env.rank == bad:
@@ -27,9 +30,9 @@ def read_with_one_bad_rank(env, bad: int) -> str:
         return str(caught.value)
 
 
-@pytest.mark.parametrize("bad", [0, 2])
-def test_all_ranks_raise_it(bad):
-    assert run_ranks(3, read_with_one_bad_rank, bad) == ["shard 2: tensor 'a' is cut short"] * 3
+def test_all_ranks_raise_it():
+    for answers in run_cases(3, read_with_one_bad_rank, [(0,), (2,)]):
+        assert answers == ["shard 2: tensor 'a' is cut short"] * 3
 
 
 @pytest.mark.parametrize(
@@ -47,3 +50,74 @@ def test_a_file_that_a_library_cannot_use_is_named(tmp_path, tiny, file, text):
     with pytest.raises(AssertionError) as caught:
         generate(tmp_path, broken, **{"output.formats": ["frames"], "parallelism.ulysses": 2})
     assert f"CheckpointError: {broken / file.split('/')[0]}: cannot be used" in str(caught.value)
+
+
+def preadv_that_fails(component: str, ends: bool):
+    """`os.preadv` that gives half of the fourth thing that is read of `component`, and then an I/O error, or (`ends`)
+    nothing, as at the end of a file."""
+    preadv, reads = os.preadv, 0
+
+    def failing(fd: int, buffers: list, offset: int) -> int:
+        nonlocal reads
+        if f"/{component}/" in os.readlink(f"/proc/self/fd/{fd}"):
+            reads += 1
+            if reads == 4:
+                return preadv(fd, [buffers[0][: len(buffers[0]) // 2]], offset)
+            if reads > 4:
+                if ends:
+                    return 0
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, buffers, offset)
+
+    return failing
+
+
+def generate_with_one_bad_disk(env, config, bad: int, component: str, ends: bool) -> tuple[type, str, float]:
+    """What `generate` raises where reading `component` fails on one rank alone, and after how many seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wan_dist.pipeline.free_bytes", lambda _device: 1 if component == "text_encoder" else 1 << 40)
+        if env.rank == bad:
+            patch.setattr(os, "preadv", preadv_that_fails(component, ends))
+        start = time.monotonic()
+        with pytest.raises(CheckpointError) as caught:
+            run_generation(env, config)
+        took = time.monotonic() - start
+    dist.destroy_process_group()
+    return type(caught.value), str(caught.value), took
+
+
+@pytest.mark.parametrize("sharding", [{}, FSDP])
+@pytest.mark.parametrize("degrees", [{"ring": 2, "tp": 2}, {"ulysses": 3}])
+def test_a_disk_that_fails_one_rank(tmp_path, tiny, degrees, sharding):
+    axes = {f"parallelism.{axis}": degree for axis, degree in degrees.items()}
+    config = frozen(tmp_path, tiny, **{"parallelism.cfg": 1, **axes, **sharding})
+    ranks = int(config.runtime.ranks)
+    components = ["transformer", *(["text_encoder"] if sharding else [])]
+    cases = [
+        (config, bad, component, ends) for component in components for bad, ends in ((0, False), (ranks - 1, True))
+    ]
+    for (_, bad, component, ends), answers in zip(
+        cases, run_cases(ranks, generate_with_one_bad_disk, cases), strict=True
+    ):
+        said = {message for _, message, _ in answers}
+        assert len(said) == 1, said
+        message = said.pop()
+        assert ("ends in the middle of tensor" if ends else "Input/output error") in message
+        assert f"{tiny / component}" in message, message
+        kinds = [RemoteCheckpointError] * ranks
+        kinds[bad] = CheckpointError
+        assert [kind for kind, _, _ in answers] == kinds
+        assert max(took for _, _, took in answers) < 15
+
+
+def lost_rank(env, bad: int) -> None:
+    with mesh_of(env, ring=env.world_size) as mesh:
+        if env.rank == bad:
+            os._exit(1)
+        on_every_rank(mesh.world, lambda: None)
+
+
+def test_a_rank_that_is_gone_is_no_fault_of_the_checkpoint():
+    with pytest.raises(AssertionError) as caught:
+        run_ranks(2, lost_rank, 1)
+    assert "PeerLostError: gather_objects over axis 'world' failed" in str(caught.value)

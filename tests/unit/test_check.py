@@ -1,5 +1,6 @@
 """Checking a whole configuration: resolved and placed where it can run, every reason at once where it cannot."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,9 @@ from support.checkpoints import WAN_SHAPES
 from wan_dist.agent.prepare import Checked, Invocation, check, freeze_run, run_dir
 from wan_dist.config import freeze
 from wan_dist.config.schema import Config
-from wan_dist.planning.refusal import RefusedError
+from wan_dist.distributed.shard_conditions import CONDITIONS, shard_units
+from wan_dist.models.wan_transformer import meta_transformer
+from wan_dist.planning.refusal import Refusal, RefusedError
 
 
 @pytest.fixture
@@ -53,7 +56,8 @@ def test_everything_is_resolved_and_nothing_is_written(checked, tmp_path):
 
 def test_the_number_of_ranks_is_that_of_the_degrees(checked):
     assert checked(**SMALL, **{"parallelism.cfg": 2, "parallelism.ulysses": 4}).ranks == 8
-    assert checked(**SMALL, world=3).config.parallelism.ulysses == 3
+    assert checked(**SMALL, world=3).config.parallelism.ring == 3  # a third of 8 heads would leave a rank idle
+    assert checked(**SMALL, world=4).config.parallelism.ulysses == 2
     assert checked(**SMALL, **{"sampler.guidance_scale": 1.0}).config.parallelism.ulysses == 2
 
 
@@ -139,10 +143,109 @@ def test_schedulers_that_no_seed_decides_or_no_pipeline_feeds(reasons, tmp_path,
     assert reasons(**SMALL, **{"model.path": with_scheduler(tmp_path, **changes)}) == ["sampler.solver"]
 
 
-def test_auto_takes_no_more_ranks_than_the_model_can_use(checked, monkeypatch):
+@pytest.mark.parametrize(("scale", "cfg", "ring"), [(5.0, 2, 2), (1.0, 1, 4)])
+def test_auto_takes_every_rank_the_ring_those_beyond_the_heads(checked, monkeypatch, scale, cfg, ring):
     monkeypatch.setattr("wan_dist.agent.prepare.DEFAULT_CPU_RANKS", 32)
-    assert checked(**SMALL).config.parallelism.ulysses == 8  # of 8 heads, times guidance
-    assert checked(**SMALL, **{"sampler.guidance_scale": 1.0}).ranks == 8
+    result = checked(**SMALL, **{"sampler.guidance_scale": scale})
+    degrees = result.config.parallelism
+    assert (degrees.cfg, degrees.ring, degrees.ulysses, degrees.tp, result.ranks) == (cfg, ring, 8, 1, 32)
+
+
+@pytest.fixture
+def refusals(checked):
+    def run(**settings) -> list[Refusal]:
+        with pytest.raises(RefusedError) as caught:
+            checked(**SMALL, **{f"parallelism.{key}": value for key, value in settings.items()})
+        return caught.value.refusals
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("degrees", "key", "words"),
+    [
+        ({"tp": 3}, "tp", ["8 attention heads", "use one of 1, 2, 4, 8"]),
+        ({"tp": 16}, "tp", ["8 attention heads", "use one of 1, 2, 4, 8"]),
+        ({"tp": 2, "ulysses": 5}, "ulysses", ["8 over tp 2 leaves 4", "use 1 to 4, and ring"]),
+        ({"ulysses": 9}, "ulysses", ["the model has 8", "use 1 to 8, and ring"]),
+    ],
+)
+def test_heads_that_the_degrees_do_not_fit(refusals, degrees, key, words):
+    (refusal,) = refusals(cfg=1, **degrees)
+    assert (refusal.key, refusal.value) == (f"parallelism.{key}", degrees[key])
+    assert all(word in str(refusal) for word in words)
+
+
+FSDP_MESH = {"parallelism.cfg": 2, "parallelism.ring": 3, "parallelism.tp": 2}
+
+
+@pytest.mark.parametrize("enabled", ["on", "True"])
+def test_fsdp_replicas_that_do_not_divide_its_axis(reasons, checked, enabled):
+    settings = {**SMALL, **FSDP_MESH, "parallelism.fsdp.replicate": 4}
+    assert reasons(**settings, **{"parallelism.fsdp.enabled": enabled}) == ["parallelism.fsdp.replicate"]
+    for off in ("off", "auto", "False"):
+        assert checked(**settings, **{"parallelism.fsdp.enabled": off}).ranks == 12
+    for legal in (1, 2, 3, 6):
+        with_legal = {**settings, "parallelism.fsdp.enabled": enabled, "parallelism.fsdp.replicate": legal}
+        assert checked(**with_legal).config.parallelism.fsdp.replicate == legal
+
+
+@pytest.mark.parametrize("replicate", [0, -2])
+def test_fsdp_replicas_outside_their_limits_are_refused_not_divided_by(refusals, replicate):
+    found = refusals(**{"fsdp.enabled": "on", "fsdp.replicate": replicate})
+    assert "parallelism.fsdp.replicate" in [refusal.key for refusal in found]
+
+
+def test_a_shard_condition_that_does_not_exist(refusals):
+    (refusal,) = refusals(**{"fsdp.enabled": "on", "fsdp.shard_conditions": ["is_block", "is_blok"]})
+    assert (refusal.key, refusal.value) == ("parallelism.fsdp.shard_conditions", "is_blok")
+    assert all(name in refusal.remedy for name in CONDITIONS)
+
+
+def test_shard_conditions_that_match_nothing_name_the_models_class(refusals, checked):
+    (refusal,) = refusals(**{"fsdp.enabled": "on", "fsdp.shard_conditions": ["is_layer", "is_refiner_block"]})
+    assert (refusal.key, refusal.value) == ("parallelism.fsdp.shard_conditions", "is_layer,is_refiner_block")
+    assert "WanTransformer3DModel" in refusal.why
+    for conditions in (["is_block"], ["is_layer", "is_block"], ["is_common_numbered_block"], []):
+        settings = {"parallelism.fsdp.enabled": "on", "parallelism.fsdp.shard_conditions": conditions}
+        assert checked(**SMALL, **settings).config.parallelism.fsdp.shard_conditions == conditions
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_shard_condition_is_refused_exactly_where_wrapping_would_fail(checked, condition):
+    model = meta_transformer(json.loads((WAN_SHAPES / "transformer" / "config.json").read_text()))
+    settings = {"parallelism.fsdp.enabled": "on", "parallelism.fsdp.shard_conditions": [condition]}
+    raised = []
+    for attempt in (lambda: shard_units(model, [condition]), lambda: checked(**SMALL, **settings)):
+        try:
+            attempt()
+        except ValueError as error:  # of which RefusedError is one
+            raised.append(type(error))
+    assert raised in ([], [ValueError, RefusedError])
+
+
+@pytest.mark.parametrize("conditions", [[], ["is_block"]], ids=str)
+def test_a_config_that_no_transformer_can_be_built_from_raises_nothing_but_reasons(checked, tmp_path, conditions):
+    """Whether it is refused here or by the ranks that build it, it is the checkpoint's fault, not a crash."""
+    path = with_scheduler(tmp_path)
+    file = tmp_path / "changed" / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_layers": "6"}))
+    fsdp = {"parallelism.fsdp.enabled": "on", "parallelism.fsdp.shard_conditions": conditions}
+    with contextlib.suppress(RefusedError):
+        checked(**SMALL, **fsdp, **{"model.path": path})
+
+
+def test_shard_conditions_that_match_nothing_in_a_benchmarks_transformer(checked):
+    fsdp = {"parallelism.fsdp.enabled": "on", "parallelism.fsdp.shard_conditions": ["is_layer"]}
+    with pytest.raises(RefusedError, match="WanTransformer3DModel"):
+        checked(task="bench", **fsdp)
+
+
+def test_every_reason_of_the_mesh_comes_at_once(refusals):
+    found = refusals(**{"cfg": 3, "tp": 3, "fsdp.enabled": "on", "fsdp.replicate": 2, "fsdp.shard_conditions": ["x"]})
+    assert [refusal.key.removeprefix("parallelism.") for refusal in found] == [
+        "cfg", "tp", "fsdp.shard_conditions", "fsdp.replicate"
+    ]  # fmt: skip
 
 
 def test_a_name_alone_does_not_bring_a_recipe(checked):

@@ -8,6 +8,7 @@ HEAVY = ("torch", "diffusers", "transformers", "safetensors", "av")
 LIGHT = {
     "wan_dist": (*HEAVY, "hydra", "omegaconf", "yaml", "huggingface_hub"),
     "wan_dist.planning.refusals, wan_dist.planning.degrees, wan_dist.planning.defaults": (*HEAVY, "hydra"),
+    "wan_dist.distributed.shard_conditions, wan_dist.planning.room, wan_dist.loading.sizes": (*HEAVY, "hydra"),
     "wan_dist.config.freeze, wan_dist.config.store, wan_dist.config.normalise": (*HEAVY, "hydra"),
     "wan_dist.cli.main, wan_dist.cli.overrides": (*HEAVY, "huggingface_hub"),
 }

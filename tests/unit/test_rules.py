@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from wan_dist.config.schema import Config, SamplerConfig, leaves
+from wan_dist.config.schema import Config, FsdpConfig, SamplerConfig, leaves
+from wan_dist.distributed.shard_conditions import CONDITIONS
 from wan_dist.loading.checkpoint import Checkpoint
 from wan_dist.planning import refusals as rules
 from wan_dist.planning.refusal import Refusal, RefusedError
@@ -17,12 +18,11 @@ BAD_VALUES = {
     "sampler.solver": ["ddim"], "video.height": [0], "video.fps": [0.0, float("inf")], "parallelism.cfg": [0],
     "parallelism.fsdp.enabled": ["maybe"], "output.formats": [["mp4", "gif"]], "output.checkpoint_every": [-1],
     "runtime.dtype": ["float16"], "runtime.timeout_s": [0.0, float("nan")], "runtime.ranks": [0], "task": ["draw"],
+    "parallelism.ring": [0], "parallelism.tp": [0], "parallelism.fsdp.replicate": [0, -1],
     "bench.head_dim": [7], "sampler.boundary_ratio": [float("-inf")], "model.recipe.steps": [0],
 }  # fmt: skip
 NOT_YET = {
-    "task": "plan", "image": "a.png", "last_image": "a.png", "latents": "a", "parallelism.dp": 2, "parallelism.ring": 2,
-    "parallelism.tp": 2, "parallelism.fsdp.enabled": "on", "parallelism.fsdp.replicate": 2,
-    "parallelism.fsdp.shard_conditions": ["a", "b"], "parallelism.fsdp.reshard_after_forward": False,
+    "task": "plan", "image": "a.png", "last_image": "a.png", "latents": "a", "parallelism.dp": 2,
     "parallelism.vae": "on", "offload.mode": "speed", "offload.transformer": "layerwise",
     "offload.text_encoder": "resident", "offload.image_encoder": "resident", "offload.vae": "resident",
     "offload.prefetch": "2", "offload.resident_blocks": "4", "output.checkpoint_every": 5, "output.resume": "auto",
@@ -160,17 +160,69 @@ def test_sampler_rules():
     assert [r.key for r in rules.sampler_refusals(config(), sampler, low_only)] == ["sampler.boundary_ratio"]
 
 
+def degrees(cfg: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1) -> dict[str, int]:
+    return {"dp": 1, "cfg": cfg, "ring": ring, "ulysses": ulysses, "tp": tp}
+
+
 @pytest.mark.parametrize(
-    ("cfg", "ulysses", "guided", "keys"),
+    ("mesh", "guided", "names"),
     [
-        (1, 12, False, []), (2, 12, True, []), (1, 5, True, []), (2, 1, False, ["parallelism.cfg"]),
-        (3, 1, True, ["parallelism.cfg"]), (1, 13, True, ["parallelism.ulysses"]),
-        (4, 16, False, ["parallelism.cfg", "parallelism.ulysses"]),
+        ({"ulysses": 12}, False, []), ({"cfg": 2, "ulysses": 12}, True, []), ({"ulysses": 5}, True, []),
+        ({"ring": 1000}, True, []), ({"tp": 12}, True, []), ({"tp": 4, "ulysses": 3, "ring": 7}, True, []),
+        ({"cfg": 2}, False, ["cfg"]), ({"cfg": 3}, True, ["cfg"]), ({"ulysses": 13}, True, ["ulysses"]),
+        ({"cfg": 4, "ulysses": 16}, False, ["cfg", "ulysses"]), ({"tp": 4, "ulysses": 4}, True, ["ulysses"]),
+        ({"tp": 8}, True, ["tp"]), ({"tp": 24}, True, ["tp"]), ({"tp": 5, "ulysses": 9}, True, ["tp"]),
+        ({"cfg": 2, "tp": 7}, False, ["cfg", "tp"]),
     ],
 )  # fmt: skip
-def test_mesh_rules(cfg, ulysses, guided, keys):
-    degrees = {"dp": 1, "cfg": cfg, "ring": 1, "ulysses": ulysses, "tp": 1}
-    assert [r.key for r in rules.mesh_refusals(degrees, heads=12, guided=guided)] == keys
+def test_mesh_rules(mesh, guided, names):
+    found = rules.mesh_refusals(degrees(**mesh), heads=12, guided=guided)
+    assert [r.key for r in found] == [f"parallelism.{name}" for name in names]
+    assert [r.value for r in found] == [mesh[name] for name in names]
+
+
+def test_tensor_parallelism_that_splits_a_head_names_the_degrees_that_do_not():
+    (refusal,) = rules.mesh_refusals(degrees(tp=5), heads=12, guided=True)
+    assert "12 attention heads do not divide" in refusal.why
+    assert "12 = 2 x 5 + 2" in refusal.why
+    assert refusal.remedy == "use one of 1, 2, 3, 4, 6, 12"
+
+
+def test_ulysses_shares_the_heads_that_tensor_parallelism_leaves():
+    (refusal,) = rules.mesh_refusals(degrees(tp=4, ulysses=4), heads=12, guided=True)
+    assert "12 over tp 4 leaves 3 a rank" in refusal.why
+    assert refusal.remedy == "use 1 to 3, and ring for the rest"
+    (refusal,) = rules.mesh_refusals(degrees(ulysses=13), heads=12, guided=True)
+    assert "the model has 12" in refusal.why
+    assert "1 to 12" in refusal.remedy
+
+
+@pytest.mark.parametrize("enabled", ["on", "off", "auto"])
+@pytest.mark.parametrize(
+    ("replicate", "divides"), [(1, True), (2, True), (3, True), (12, True), (5, False), (24, False)]
+)
+def test_replicas_must_divide_the_fsdp_axis_where_fsdp_is_on(enabled, replicate, divides):
+    """cfg 2 x ring 3 x ulysses 2 = 12; tp is no part of it."""
+    mesh = degrees(cfg=2, ring=3, ulysses=2, tp=5)
+    found = rules.fsdp_refusals(FsdpConfig(enabled=enabled, replicate=replicate), mesh)
+    if divides or enabled != "on":
+        assert found == []
+        return
+    (refusal,) = found
+    assert (refusal.key, refusal.value) == ("parallelism.fsdp.replicate", replicate)
+    assert "cfg 2 x ring 3 x ulysses 2 = 12" in refusal.why
+    assert refusal.remedy == "use one of 1, 2, 3, 4, 6, 12"
+
+
+@pytest.mark.parametrize("enabled", ["on", "off"])
+def test_every_shard_condition_that_does_not_exist_is_refused_with_those_that_do(enabled):
+    fsdp = FsdpConfig(enabled=enabled, shard_conditions=["is_block", "is_bloc", "", "has_class_in"])
+    found = rules.fsdp_refusals(fsdp, degrees())
+    assert [(r.key, r.value) for r in found] == [
+        ("parallelism.fsdp.shard_conditions", name) for name in ("is_bloc", "", "has_class_in")
+    ]
+    assert all(name in r.remedy for name in CONDITIONS for r in found)
+    assert rules.fsdp_refusals(FsdpConfig(enabled=enabled, shard_conditions=list(CONDITIONS)), degrees()) == []
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from wan_dist.distributed.mesh import Axis
-from wan_dist.layers.attention import attention_kernel
+from wan_dist.distributed.mesh import AXES, build_mesh
+from wan_dist.layers.attention_kernels import attention_kernel
 from wan_dist.models.random_weights import randomise
 from wan_dist.models.wan_transformer import parallelize_wan_transformer
 
@@ -27,7 +27,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture
 def taught():
     model = transformer()
-    forget = parallelize_wan_transformer(model, Axis("ulysses"), attention_kernel("auto"))
+    forget = parallelize_wan_transformer(model, build_mesh(dict.fromkeys(AXES, 1), "cpu"), attention_kernel("auto"))
     calls: Counter[str] = Counter()
     for name in ("to_q", "to_k", "to_v"):
         for n, block in enumerate(model.blocks):

@@ -12,7 +12,7 @@ from transformers import UMT5EncoderModel
 from support.checkpoints import TINY, WAN_SHAPES
 from wan_dist.loading.checkpoint import open_checkpoint
 from wan_dist.loading.tensor_files import CheckpointError, read_component
-from wan_dist.loading.weights import fill, match_weights
+from wan_dist.loading.weights import fill, match_weights, serve_in
 from wan_dist.models.text_encoder import meta_text_encoder
 from wan_dist.models.wan_transformer import meta_transformer
 from wan_dist.models.wan_vae import meta_vae
@@ -73,7 +73,8 @@ def test_a_tensor_of_another_shape_also_of_the_same_size(component):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_transformer_equals_diffusers_own_with_its_fp32_islands(tiny, dtype):
     ours = transformer(tiny)
-    fill(match_weights(ours, tiny / "transformer"), dtype=dtype, device=CPU, keep_fp32=ours._keep_in_fp32_modules)
+    serve_in(ours, dtype, ours._keep_in_fp32_modules)
+    fill(match_weights(ours, tiny / "transformer"), device=CPU)
     same(ours, WanTransformer3DModel.from_pretrained(tiny / "transformer", torch_dtype=dtype))
     kinds = {parameter.dtype for parameter in ours.parameters()}
     assert kinds == {torch.float32, dtype}
@@ -82,7 +83,8 @@ def test_the_transformer_equals_diffusers_own_with_its_fp32_islands(tiny, dtype)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_vae_equals_diffusers_own(tiny, dtype):
     ours = meta_vae(open_checkpoint(tiny).configs["vae"])
-    fill(match_weights(ours, tiny / "vae"), dtype=dtype, device=CPU)
+    serve_in(ours, dtype)
+    fill(match_weights(ours, tiny / "vae"), device=CPU)
     same(ours, AutoencoderKLWan.from_pretrained(tiny / "vae", torch_dtype=dtype))
 
 
@@ -92,7 +94,8 @@ def test_the_text_encoder_equals_transformers_own(tiny, source, dtype):
     folder = (tiny if source == "tiny" else WAN_SHAPES) / "text_encoder"
     ours = meta_text_encoder(folder, "UMT5EncoderModel")
     ignored = ours._keys_to_ignore_on_load_unexpected or ()
-    fill(match_weights(ours, folder, ignored), dtype=dtype, device=CPU)
+    serve_in(ours, dtype)
+    fill(match_weights(ours, folder, ignored), device=CPU)
     same(ours, UMT5EncoderModel.from_pretrained(folder, dtype=dtype))
 
 
@@ -106,14 +109,14 @@ def test_tied_tensors_under_any_of_their_names_are_one_parameter(tiny, tmp_path,
     names = ["shared.weight", "encoder.embed_tokens.weight"] if kept == "both" else [kept]
     save_file({**tensors, **{name: embedding.clone() for name in names}}, tmp_path / "model.safetensors")
     model = meta_text_encoder(TINY / "text_encoder", "UMT5EncoderModel")
-    fill(match_weights(model, tmp_path), dtype=torch.float32, device=CPU)
+    fill(match_weights(model, tmp_path), device=CPU)
     assert model.shared.weight is model.encoder.embed_tokens.weight
     assert torch.equal(model.shared.weight, embedding)
 
 
 def test_storages_are_fresh_and_aligned(tiny):
     model = transformer(tiny)
-    fill(match_weights(model, tiny / "transformer"), dtype=torch.float32, device=CPU)
+    fill(match_weights(model, tiny / "transformer"), device=CPU)
     for name, parameter in model.named_parameters():
         storage = parameter.untyped_storage()
         assert storage.data_ptr() % 64 == 0, name
@@ -123,7 +126,7 @@ def test_storages_are_fresh_and_aligned(tiny):
 
 
 def test_nothing_is_left_on_meta_and_the_rotary_table_is_diffusers(tiny):
-    model = fill(match_weights(transformer(tiny), tiny / "transformer"), dtype=torch.float32, device=CPU)
+    model = fill(match_weights(transformer(tiny), tiny / "transformer"), device=CPU)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     theirs = WanTransformer3DModel.from_pretrained(tiny / "transformer").rope
     assert torch.equal(model.rope.freqs_cos, theirs.freqs_cos)
@@ -134,6 +137,6 @@ def test_bytes_read_are_those_of_the_files(tiny):
     counted: Counter[str] = Counter()
     weights = match_weights(transformer(tiny), tiny / "transformer")
     for _ in range(2):
-        fill(weights, dtype=torch.bfloat16, device=CPU, bytes_read=counted, component="transformer")
+        fill(weights, device=CPU, bytes_read=counted, component="transformer")
     on_disk = sum(entry.nbytes for entry in read_component(tiny / "transformer").values())
     assert counted == {"transformer": 2 * on_disk}

@@ -4,7 +4,6 @@ import tempfile
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
-from math import prod
 from pathlib import Path
 
 from wan_dist.config import freeze
@@ -16,7 +15,7 @@ from wan_dist.loading.tensor_files import CheckpointError
 from wan_dist.output.names import output_paths
 from wan_dist.planning import refusals as rules
 from wan_dist.planning.defaults import resolve, resolve_bench
-from wan_dist.planning.degrees import AXES, choose_degrees, given_degrees, usable_ranks, wanted_ranks
+from wan_dist.planning.degrees import AXES, choose_degrees, given_degrees, wanted_ranks
 from wan_dist.planning.refusal import Refusal, RefusedError
 from wan_dist.planning.video_shape import ModelShape
 from wan_dist.sampling.schedule import Step, is_guided
@@ -76,10 +75,11 @@ def check(config: Config, invocation: Invocation) -> Checked:
 
     source, heads, guided = None, 0, True  # no heads: unknown, and not judged
     _choose_device(config)
+    names_model = config.task != "bench" or (config.bench.kind == "load" and _names_model(config, invocation))
     if config.task == "bench":
-        resolve_bench(config.bench, config.runtime.device)
+        resolve_bench(config)
         heads, guided = int(config.bench.heads or 0), config.bench.guidance
-    elif invocation.model_known:
+    if names_model and invocation.model_known:
         source, checkpoint, problems = _open(config, invocation)
         found += problems
         if checkpoint is not None:
@@ -87,11 +87,15 @@ def check(config: Config, invocation: Invocation) -> Checked:
             more, heads, guided = _request_against_checkpoint(config, resolved, checkpoint)
             found += more
             config = resolved
-    found += _place(config, invocation, heads, guided)
+    if config.task == "bench" and config.bench.kind == "scale":
+        found += rules.scale_refusals(config.bench, config.parallelism, world=invocation.world)
+        config.runtime.ranks = 1  # the worlds are not run
+    else:
+        found += _place(config, invocation, heads, guided)
     if found:
         raise RefusedError(found)
-    degrees = given_degrees(config.parallelism)
-    return Checked(config, source, prod(degrees.values()))
+    assert config.runtime.ranks is not None, "chosen above"
+    return Checked(config, source, config.runtime.ranks)
 
 
 def freeze_run(checked: Checked, *, node: int = 0) -> Path:
@@ -126,6 +130,10 @@ def freeze_run(checked: Checked, *, node: int = 0) -> Path:
 
 def _recipe_applies(config: Config, invocation: Invocation) -> bool:
     return config.model.path is None or invocation.recipe_named
+
+
+def _names_model(config: Config, invocation: Invocation) -> bool:
+    return config.model.path is not None or invocation.recipe_named
 
 
 def _open(config: Config, invocation: Invocation) -> tuple[Source, Checkpoint | None, list[Refusal]]:
@@ -180,11 +188,11 @@ def _steps_if_they_matter(config: Config, checkpoint: Checkpoint) -> list[Step] 
 
 
 def _choose_device(config: Config) -> None:
-    """Device and dtype, in place."""
-    runtime = config.runtime
+    """Device and dtype, in place. `bench=scale` computes on none, and plans for GPUs."""
+    runtime, plans_for_gpus = config.runtime, config.task == "bench" and config.bench.kind == "scale"
     if runtime.device not in ("cpu", "cuda"):
         runtime.device = "cuda" if visible_gpus() else "cpu"
-    runtime.dtype = runtime.dtype or ("bfloat16" if runtime.device == "cuda" else "float32")
+    runtime.dtype = runtime.dtype or ("bfloat16" if runtime.device == "cuda" or plans_for_gpus else "float32")
 
 
 def _place(config: Config, invocation: Invocation, heads: int, guided: bool) -> list[Refusal]:
@@ -196,16 +204,15 @@ def _place(config: Config, invocation: Invocation, heads: int, guided: bool) -> 
     gpus = visible_gpus() if runtime.device == "cuda" else 0
     found_here = max(gpus, 1) if runtime.device == "cuda" else DEFAULT_CPU_RANKS
     ranks = wanted_ranks(parallelism, world=world, asked=runtime.ranks, found=found_here)
-    if heads and not numbers and world is None:
-        ranks = usable_ranks(ranks, heads=heads, guided=guided)
     source = "torchrun's world" if world else "runtime.ranks" if runtime.ranks else "the number of ranks"
-    degrees, found = choose_degrees(parallelism, ranks, guided=guided, source=source)
+    degrees, found = choose_degrees(parallelism, ranks, guided=guided, source=source, heads=heads)
     if world and runtime.ranks not in (None, world):
         found.append(
             Refusal("runtime.ranks", runtime.ranks, f"torchrun started {world}", "leave it out under torchrun")
         )
     if heads:
         found += rules.mesh_refusals(degrees, heads=heads, guided=guided)
+    found += rules.fsdp_refusals(parallelism.fsdp, degrees)
     local_ranks = invocation.local_ranks or ranks
     found += rules.device_refusals(config, device=runtime.device, gpus=gpus, local_ranks=local_ranks)
     runtime.ranks = ranks

@@ -9,19 +9,19 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 
-from wan_dist.config.schema import Config
+from wan_dist.bench.random_transformer import TransformerShape, random_transformer
+from wan_dist.config.schema import BenchConfig, Config
 from wan_dist.distributed.collectives import barrier, gather_objects
-from wan_dist.distributed.mesh import AXES, Axis, Mesh, build_mesh
+from wan_dist.distributed.mesh import AXES, Axis, build_mesh
 from wan_dist.distributed.process_group import process_group
-from wan_dist.layers.attention import attention_kernel
-from wan_dist.models.random_weights import randomise
+from wan_dist.loading.weights import sharding_of
 from wan_dist.models.text_encoder import MAX_TEXT_TOKENS
-from wan_dist.models.wan_transformer import parallelize_wan_transformer
 from wan_dist.output.record import source_commit
 from wan_dist.sampling.denoise import guided_prediction, initial_noise
 from wan_dist.sampling.schedule import Step
@@ -32,14 +32,9 @@ _GUIDANCE = 5.0
 
 @dataclass(frozen=True)
 class StepShape:
-    """The random transformer and its input: `BenchConfig` with every null filled in."""
+    """The random transformer and its input."""
 
-    kind: str
-    blocks: int
-    heads: int
-    head_dim: int
-    ffn: int
-    text_dim: int
+    transformer: TransformerShape
     frames: int
     rows: int
     columns: int
@@ -56,36 +51,50 @@ def bench_step(config: Config, env: RankEnv, device: torch.device) -> None:
     """
     dtype = getattr(torch, str(config.runtime.dtype))
     degrees = {axis: getattr(config.parallelism, axis) for axis in AXES}
-    shape = StepShape(**asdict(config.bench))
+    shape = _shape(config.bench)
+    replicas = config.parallelism.fsdp.replicate if config.parallelism.fsdp.enabled == "on" else 1
     alone = build_mesh(dict.fromkeys(AXES, 1), device.type)
-    with process_group(env, degrees, device, config.runtime.timeout_s) as mesh:
+    with process_group(env, degrees, device, config.runtime.timeout_s, fsdp_replicas=replicas) as mesh:
+        make = partial(
+            random_transformer, shape.transformer, dtype=dtype, device=device, attention=config.runtime.attention
+        )
         runs: dict[str, Callable[[], torch.Tensor] | None] = dict.fromkeys(("diffusers", "one_rank"))
         if env.rank == 0:
-            runs["diffusers"] = _step(_transformer(shape, dtype, device), shape, dtype, device, alone["cfg"])
-            runs["one_rank"] = _step(_parallel(shape, dtype, device, alone, config), shape, dtype, device, alone["cfg"])
+            runs["diffusers"] = _step(make(), shape, dtype, device, alone["cfg"])
+            runs["one_rank"] = _step(make(mesh=alone), shape, dtype, device, alone["cfg"])
         if mesh.world.size > 1:
-            runs["mesh"] = _step(_parallel(shape, dtype, device, mesh, config), shape, dtype, device, mesh["cfg"])
+            model = make(mesh=mesh, sharding=sharding_of(config.parallelism.fsdp, mesh))
+            runs["mesh"] = _step(model, shape, dtype, device, mesh["cfg"])
         times = _alternate(runs, shape.repeats, device, mesh.world)
         sent = {name: total // (shape.repeats + 1) for name, total in mesh.traffic.items()}
         sent_by_rank = gather_objects(mesh.world, sent)
+        fsdp = config.parallelism.fsdp.enabled == "on" and mesh.fsdp is not None
         del mesh, runs
     if env.rank == 0:
-        _report(_facts(shape, dtype, device), degrees, times, sent_by_rank)
+        _report(_facts(shape, dtype, device), {**degrees, "fsdp": fsdp}, times, sent_by_rank)
 
 
 def _report(
-    facts: dict[str, Any], degrees: dict[str, int], times: dict[str, list[float]], sent: list[dict[str, int]]
+    facts: dict[str, Any], mesh: dict[str, int], times: dict[str, list[float]], sent: list[dict[str, int]]
 ) -> None:
     """One JSON line a case on stdout."""
     for case, seconds in times.items():
         line = {"case": case, **facts, "ranks": 1, "bytes_sent": [{}]}
         if case == "mesh":
             speedup = _median_ratio(times["one_rank"], seconds)
-            line |= {"ranks": len(sent), "mesh": degrees, "bytes_sent": sent, "speedup": speedup}
+            line |= {"ranks": len(sent), "mesh": mesh, "bytes_sent": sent, "speedup": speedup}
         ratio = _median_ratio(seconds, times["diffusers"])
         print(
             json.dumps({**line, "ratio": ratio, "median_s": statistics.median(seconds), "all_s": seconds}), flush=True
         )
+
+
+def _shape(bench: BenchConfig) -> StepShape:
+    """From a config whose every null is filled in."""
+    values = asdict(bench)
+    transformer = TransformerShape(**{f.name: values[f.name] for f in fields(TransformerShape)})
+    others = {f.name: values[f.name] for f in fields(StepShape) if f.name != "transformer"}
+    return StepShape(transformer, **others)
 
 
 def _facts(shape: StepShape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -94,10 +103,7 @@ def _facts(shape: StepShape, dtype: torch.dtype, device: torch.device) -> dict[s
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "blocks": shape.blocks,
-        "heads": shape.heads,
-        "head_dim": shape.head_dim,
-        "ffn": shape.ffn,
+        **asdict(shape.transformer),
         "tokens": shape.frames * (shape.rows // 2) * (shape.columns // 2),
         "forwards_per_step": 2 if shape.guidance else 1,
         "torch": torch.__version__,
@@ -105,35 +111,12 @@ def _facts(shape: StepShape, dtype: torch.dtype, device: torch.device) -> dict[s
     }
 
 
-def _transformer(shape: StepShape, dtype: torch.dtype, device: torch.device) -> Any:
-    from diffusers import WanTransformer3DModel
-
-    model = WanTransformer3DModel(
-        num_attention_heads=shape.heads,
-        attention_head_dim=shape.head_dim,
-        num_layers=shape.blocks,
-        ffn_dim=shape.ffn,
-        text_dim=shape.text_dim,
-    )
-    randomise(model, 0)
-    for name, parameter in model.named_parameters():
-        if not set(model._keep_in_fp32_modules).intersection(name.split(".")):
-            parameter.data = parameter.data.to(dtype)
-    return model.eval().requires_grad_(False).to(device)
-
-
-def _parallel(shape: StepShape, dtype: torch.dtype, device: torch.device, mesh: Mesh, config: Config) -> Any:
-    model = _transformer(shape, dtype, device)
-    parallelize_wan_transformer(model, mesh["ulysses"], attention_kernel(config.runtime.attention))
-    return model
-
-
 def _step(
     model: Any, shape: StepShape, dtype: torch.dtype, device: torch.device, cfg_axis: Axis
 ) -> Callable[[], torch.Tensor]:
     """One guided (or plain) prediction: what a denoising step costs but for the solver's few elementwise passes."""
     latents = initial_noise((1, 16, shape.frames, shape.rows, shape.columns), 0).to(device)
-    text = [initial_noise((1, MAX_TEXT_TOKENS, shape.text_dim), 1 + n).to(device, dtype) for n in range(2)]
+    text = [initial_noise((1, MAX_TEXT_TOKENS, shape.transformer.text_dim), 1 + n).to(device, dtype) for n in range(2)]
     timestep = torch.tensor([500], device=device)
     step = Step(0, 500.0, "transformer", _GUIDANCE, shape.guidance)
 

@@ -14,9 +14,15 @@ def one_of(default: Any, *values: str) -> Any:
     return field(default=default, metadata={"choices": values})
 
 
+def limits(low: float, high: float = float("inf"), *, above: bool = False, multiple: int = 0) -> dict[str, Any]:
+    """Metadata of a number (or of each in a list) that must be finite, `>= low` (`> low` where `above`), `<= high`, and
+    a multiple where one is given."""
+    return {"low": low, "high": high, "above": above, "multiple": multiple}
+
+
 def at_least(default: Any, low: float, high: float = float("inf"), *, above: bool = False, multiple: int = 0) -> Any:
-    """A number that must be finite, `>= low` (`> low` where `above`), `<= high`, and a multiple where one is given."""
-    return field(default=default, metadata={"low": low, "high": high, "above": above, "multiple": multiple})
+    """A number within `limits`."""
+    return field(default=default, metadata=limits(low, high, above=above, multiple=multiple))
 
 
 def finite(default: Any = None) -> Any:
@@ -147,10 +153,10 @@ class PlanConfig:
 
 @dataclass(kw_only=True)
 class BenchConfig:
-    """`task=bench`: the shape of the random transformer that is timed, and how often. Null is the device's default:
-    see `wan_dist.planning.defaults.BENCH_DEFAULTS`."""
+    """`task=bench`: the shape of the random transformer, how often it is timed, and the worlds it is scaled to. Null is
+    a default of the kind and device: see `wan_dist.planning.defaults`."""
 
-    kind: str = one_of("step", "step")
+    kind: str = one_of("step", "step", "load", "scale")
     blocks: int | None = at_least(None, 1)
     heads: int | None = at_least(None, 1)
     head_dim: int | None = at_least(None, 8, multiple=2)
@@ -161,6 +167,13 @@ class BenchConfig:
     columns: int | None = at_least(None, 2, multiple=2)  # latent columns; tokens = frames * rows/2 * columns/2
     guidance: bool = True
     repeats: int = at_least(3, 1)
+    worlds: list[int] = field(default_factory=lambda: [8, 16, 64, 256, 512], metadata=limits(2, 4096))
+    videos: list[str] = field(default_factory=lambda: ["480x832x81", "720x1280x81"])
+    ranks_per_node: int = at_least(8, 1)
+    matmul_tflops: float = at_least(790.0, 0, above=True)
+    attention_tflops: float = at_least(648.0, 0, above=True)
+    node_gb_s: float = at_least(450.0, 0, above=True)
+    network_gb_s: float = at_least(50.0, 0, above=True)
 
 
 @dataclass(kw_only=True)

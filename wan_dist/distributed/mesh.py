@@ -1,4 +1,4 @@
-"""The device mesh: five named axes, and what one rank knows of each.
+"""The device mesh: five named axes, the axes made of several of them, and what one rank knows of each.
 
 A size-1 axis is an axis like any other: its collectives return at once, so callers never ask whether they are alone.
 """
@@ -8,8 +8,17 @@ from dataclasses import dataclass, field
 from math import prod
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 AXES = ("dp", "cfg", "ring", "ulysses", "tp")  # tp is fastest: neighbouring ranks share it
+
+# Axes made of several: the token sequence is split over `sp`; the weights are the same on every rank of `fsdp`, so
+# that is what can be sharded; a video is decoded by all ranks that made it, `vae`.
+COMBINED_AXES = {
+    "sp": ("ring", "ulysses"),
+    "fsdp": ("cfg", "ring", "ulysses"),
+    "vae": ("cfg", "ring", "ulysses", "tp"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,32 +36,57 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class FsdpMesh:
+    """The FSDP axis as `fully_shard` takes it: `shard` is this rank's place among the ranks that hold one replica
+    between them, `device_mesh` is `(shard,)`, or `(replicate, shard)` where there is more than one replica."""
+
+    shard: Axis
+    device_mesh: DeviceMesh
+
+
+@dataclass(frozen=True)
 class Mesh:
-    """All axes of this rank. `world` spans every rank."""
+    """All axes of this rank, also the combined ones, by name. `world` spans every rank; `fsdp` is None where there is
+    nothing to shard over."""
 
     axes: dict[str, Axis]
     world: Axis
     traffic: Counter[str]
+    fsdp: FsdpMesh | None = None
 
     def __getitem__(self, name: str) -> Axis:
         return self.axes[name]
 
 
-def build_mesh(degrees: dict[str, int], device_type: str) -> Mesh:
+def build_mesh(degrees: dict[str, int], device_type: str, *, fsdp_replicas: int = 1) -> Mesh:
     """The mesh of `degrees` over the default process group, whose size must be their product.
 
+    fsdp_replicas: into how many replicas the FSDP axis is divided (HSDP), outermost; a divisor of its size.
     With one rank no process group is needed.
     """
     traffic: Counter[str] = Counter()
     if prod(degrees.values()) == 1:
-        return Mesh({name: Axis(name, traffic=traffic) for name in AXES}, Axis("world", traffic=traffic), traffic)
-    from torch.distributed.device_mesh import init_device_mesh
-
+        axes = {name: Axis(name, traffic=traffic) for name in (*AXES, *COMBINED_AXES)}
+        return Mesh(axes, Axis("world", traffic=traffic), traffic)
     mesh = init_device_mesh(device_type, tuple(degrees[name] for name in AXES), mesh_dim_names=AXES)
-    axes = {}
-    for name in AXES:
-        sub = mesh[name]
-        group = sub.get_group() if degrees[name] > 1 else None
-        axes[name] = Axis(name, sub.get_local_rank(), degrees[name], group, traffic)
+    axes = {name: _axis(name, mesh[name], traffic) for name in AXES}
+    flat = {name: mesh[parts]._flatten(name) for name, parts in COMBINED_AXES.items()}
+    axes |= {name: _axis(name, sub, traffic) for name, sub in flat.items()}
     world = Axis("world", dist.get_rank(), dist.get_world_size(), dist.group.WORLD, traffic)
-    return Mesh(axes, world, traffic)
+    return Mesh(axes, world, traffic, _fsdp_mesh(flat["fsdp"], fsdp_replicas, traffic))
+
+
+def _axis(name: str, sub: DeviceMesh, traffic: Counter[str]) -> Axis:
+    group = sub.get_group() if sub.size() > 1 else None
+    return Axis(name, sub.get_local_rank(), sub.size(), group, traffic)
+
+
+def _fsdp_mesh(flat: DeviceMesh, replicas: int, traffic: Counter[str]) -> FsdpMesh | None:
+    shards, over = divmod(flat.size(), replicas)
+    assert over == 0, f"{replicas} replicas of an FSDP axis of {flat.size()}"
+    if shards == 1:
+        return None
+    if replicas == 1:
+        return FsdpMesh(_axis("fsdp_shard", flat, traffic), flat)
+    both = flat._unflatten(0, (replicas, shards), ("fsdp_replicate", "fsdp_shard"))
+    return FsdpMesh(_axis("fsdp_shard", both["fsdp_shard"], traffic), both)

@@ -19,7 +19,9 @@ def agent_store(timeout_s: float) -> dist.Store:
 
 
 @contextmanager
-def process_group(env: RankEnv, degrees: dict[str, int], device: torch.device, timeout_s: float) -> Iterator[Mesh]:
+def process_group(
+    env: RankEnv, degrees: dict[str, int], device: torch.device, timeout_s: float, *, fsdp_replicas: int = 1
+) -> Iterator[Mesh]:
     """The mesh of a run, for as long as its process group lives.
 
     A DeviceMesh that outlives its group aborts the interpreter at exit ("terminate called without an active
@@ -36,7 +38,7 @@ def process_group(env: RankEnv, degrees: dict[str, int], device: torch.device, t
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
-    mesh = build_mesh(degrees, device.type)
+    mesh = build_mesh(degrees, device.type, fsdp_replicas=fsdp_replicas)
     yield mesh
     del mesh
     dist.barrier()

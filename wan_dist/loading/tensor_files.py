@@ -163,10 +163,14 @@ def read_component(folder: Path) -> dict[str, TensorEntry]:
 
 
 def read_exactly(fd: int, buffer: memoryview, start: int, entry: TensorEntry) -> None:
-    """Fill `buffer` from byte `start` of an open file; a file that ends early is a CheckpointError."""
+    """Fill `buffer` from byte `start` of an open file; one that ends early or cannot be read is a CheckpointError."""
     done = 0
     while done < len(buffer):
-        count = os.preadv(fd, [buffer[done:]], start + done)
+        try:
+            count = os.preadv(fd, [buffer[done:]], start + done)
+        except OSError as error:
+            why = f"tensor {entry.name!r} cannot be read ({error.strerror})"
+            raise CheckpointError(f"{entry.file}: {why}") from error
         if count == 0:
             raise CheckpointError(f"{entry.file}: ends in the middle of tensor {entry.name!r}")
         done += count

@@ -1,36 +1,31 @@
 """Filling a module that was built on the meta device from the tensors of a checkpoint component.
 
-Two steps: `match_weights` compares every name and shape before a byte of weights is read, `fill` reads tensor by
-tensor, casts and assigns. Storage is always freshly allocated: CPU kernels give other last bits on the unaligned
-memory of a mapped file.
+Two steps: `match_weights` compares every name and shape before a byte of weights is read; `fill` reads what this rank
+owns of each tensor (its `weight_loader`'s slice and, within that, its FSDP rows), casts and assigns. The meta module
+says which shapes and dtypes are wanted.
 """
 
-import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from wan_dist.config.schema import FsdpConfig
 from wan_dist.distributed.collectives import gather_objects
-from wan_dist.distributed.mesh import Axis
-from wan_dist.loading.tensor_files import (
-    CheckpointError,
-    RemoteCheckpointError,
-    TensorEntry,
-    read_component,
-    read_exactly,
-)
+from wan_dist.distributed.fsdp import local_parameter, shard_model, shard_rows
+from wan_dist.distributed.mesh import Axis, FsdpMesh, Mesh
+from wan_dist.layers.weight_loader import Ranges, WeightLoader, capture_weight_loaders, weight_loader
+from wan_dist.loading.slices import SliceReader, rows_within
+from wan_dist.loading.tensor_files import CheckpointError, RemoteCheckpointError, TensorEntry, read_component
 
-_TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+# Ranks tell each other of a failure after so many elements of whole tensors, so that none reads on for minutes.
+_MEET_EVERY_ELEMENTS = 1 << 29
 
 Result = TypeVar("Result")
 
@@ -61,27 +56,47 @@ def from_files(folder: Path, build: Callable[[], Result]) -> Result:
         raise CheckpointError(f"{folder}: cannot be used ({type(error).__name__}: {first})") from error
 
 
+def serve_in(module: torch.nn.Module, dtype: torch.dtype, keep_fp32: Iterable[str] = ()) -> None:
+    """Give the floating-point tensors of a meta module the dtype they will be served in: `dtype`, but fp32 where a part
+    of the name is in `keep_fp32` (diffusers' `_keep_in_fp32_modules`)."""
+    islands = set(keep_fp32)
+    for name, tensor in _persistent_tensors(module):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if islands.intersection(name.split(".")) else dtype)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One tensor of a module: all its `names` (several where it is tied), where it lies, and what of it is ours."""
+
+    names: tuple[str, ...]
+    entry: TensorEntry
+    loader: WeightLoader
+
+
 @dataclass(frozen=True)
 class MatchedWeights:
-    """A meta module and, for each of its tensors, where it lies: `places` are all names of a tied tensor."""
+    """A meta module and the place of each of its tensors, in the module's order."""
 
     module: torch.nn.Module
-    places: list[tuple[tuple[str, ...], TensorEntry]]
+    places: list[Place]
 
 
 def match_weights(module: torch.nn.Module, folder: Path, ignore_unexpected: Iterable[str] = ()) -> MatchedWeights:
     """Find every parameter and persistent buffer of `module` in the safetensors files of `folder`.
 
+    The module's weight loaders are captured here, before anything wraps it.
     ignore_unexpected: patterns of names that the model class itself says may be left over.
     Raises CheckpointError naming the first tensor that is missing, unknown or of another shape, and its file.
     """
     entries = read_component(folder)
+    loaders = capture_weight_loaders(module)
     names_of: dict[int, list[str]] = defaultdict(list)
-    tensor_of: dict[int, torch.Tensor] = {}
+    shape_of: dict[int, tuple[int, ...]] = {}
     for name, tensor in _persistent_tensors(module):
         names_of[id(tensor)].append(name)
-        tensor_of[id(tensor)] = tensor
-    places: list[tuple[tuple[str, ...], TensorEntry]] = []
+        shape_of[id(tensor)] = loaders[name].whole
+    places: list[Place] = []
     used: set[str] = set()
     for key, names in names_of.items():
         found = [entries[name] for name in names if name in entries]
@@ -92,49 +107,117 @@ def match_weights(module: torch.nn.Module, folder: Path, ignore_unexpected: Iter
             )
         used.update(entry.name for entry in found)
         for entry in found:
-            if entry.shape != tuple(tensor_of[key].shape):
+            if entry.shape != shape_of[key]:
                 raise CheckpointError(
                     f"{entry.file}: tensor {entry.name!r} has shape {entry.shape}, "
-                    f"{type(module).__name__} needs {tuple(tensor_of[key].shape)}"
+                    f"{type(module).__name__} needs {shape_of[key]}"
                 )
-        places.append((tuple(names), found[0]))
+        places.append(Place(tuple(names), found[0], loaders[names[0]]))
     for name, entry in entries.items():
         if name not in used and not any(re.search(pattern, name) for pattern in ignore_unexpected):
             raise CheckpointError(f"{entry.file}: tensor {name!r} is unknown to {type(module).__name__}")
     return MatchedWeights(module, places)
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """How FSDP is to divide a component: over which mesh, into which units, and what becomes of them after use."""
+
+    fsdp: FsdpMesh
+    conditions: tuple[str, ...] = ()
+    reshard_after_forward: bool = True
+
+
+def sharding_of(fsdp: FsdpConfig, mesh: Mesh) -> Sharding | None:
+    """How the config wants transformers divided; None where FSDP is off or has one rank to divide over."""
+    if fsdp.enabled != "on" or mesh.fsdp is None:
+        return None
+    return Sharding(mesh.fsdp, tuple(fsdp.shard_conditions), fsdp.reshard_after_forward)
+
+
 def fill(
     weights: MatchedWeights,
     *,
-    dtype: torch.dtype,
     device: torch.device,
-    keep_fp32: Iterable[str] = (),
+    axis: Axis | None = None,
+    sharding: Sharding | None = None,
     bytes_read: Counter[str] | None = None,
     component: str = "",
 ) -> torch.nn.Module:
-    """Read every tensor, cast it and put it into the module, which is returned.
+    """Read what this rank owns of every tensor, cast it to the meta tensor's dtype and put it into the module, which
+    is returned; with `sharding`, wrapped by FSDP.
 
-    dtype: the serving dtype of floating-point tensors; those with a part of their name in `keep_fp32` (diffusers'
-    `_keep_in_fp32_modules`) stay fp32. bytes_read[component] grows by the bytes read from the files.
+    axis: the ranks that load this component together, in the same order; a failure on one is raised on all of them.
+    bytes_read[component] grows by the bytes read from the files.
     """
-    islands = set(keep_fp32)
-    with ExitStack() as files:
-        fds: dict[Path, int] = {}
-        for names, entry in weights.places:
-            if entry.file not in fds:
-                fds[entry.file] = os.open(entry.file, os.O_RDONLY)
-                files.callback(os.close, fds[entry.file])
-            tensor = _read(fds[entry.file], entry)
-            if tensor.is_floating_point():
-                tensor = tensor.to(torch.float32 if islands.intersection(names[0].split(".")) else dtype)
-            _assign(weights.module, names, tensor.to(device))
-            if bytes_read is not None:
-                bytes_read[component] += entry.nbytes
-    for name, buffer in weights.module.named_buffers():
-        if not buffer.is_meta:  # tables that no checkpoint holds
-            _assign(weights.module, (name,), buffer.to(device))
-    return weights.module
+    dtypes = {name: tensor.dtype for name, tensor in _persistent_tensors(weights.module)}
+    parts = owned_parts(weights.module, sharding)
+    read: dict[str, torch.Tensor] = {}
+    with SliceReader() as reader:
+
+        def read_batch(batch: list[Place]) -> None:
+            for place in batch:
+                name = place.names[0]
+                tensor = reader.read(place.entry, parts[name]).to(device, dtypes[name])
+                read.update(dict.fromkeys(place.names, tensor))
+
+        for batch in _batches(weights.places):
+            on_every_rank(axis or Axis("alone"), partial(read_batch, batch))
+        if bytes_read is not None:
+            bytes_read[component] += reader.bytes_read
+    return put_in_place(weights.module, read, device=device, sharding=sharding)
+
+
+def owned_parts(module: torch.nn.Module, sharding: Sharding | None) -> dict[str, Ranges]:
+    """What this rank owns of each tensor of a checkpoint, by name: its loader's slice and, of parameters that FSDP will
+    divide, its rows within that slice. Loaders must be captured."""
+    parts = {}
+    for name, tensor in _persistent_tensors(module):
+        ranges = weight_loader(module, name).ranges()
+        if sharding is not None and isinstance(tensor, torch.nn.Parameter):
+            shard = sharding.fsdp.shard
+            ranges = rows_within(ranges, *shard_rows(ranges[0][1] - ranges[0][0], shard.size, shard.rank))
+        parts[name] = ranges
+    return parts
+
+
+def put_in_place(
+    module: torch.nn.Module, tensors: dict[str, torch.Tensor], *, device: torch.device, sharding: Sharding | None
+) -> torch.nn.Module:
+    """Give a meta module its tensors, by name and in their serving dtype: this rank's rows where FSDP is to divide
+    them, which wraps it now. Names that share a tensor share a parameter."""
+    if sharding is not None:
+        shard_model(
+            module, sharding.fsdp, conditions=sharding.conditions, reshard_after_forward=sharding.reshard_after_forward
+        )
+    parameters: dict[int, torch.nn.Parameter] = {}
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+            continue
+        if id(tensor) not in parameters:
+            parameters[id(tensor)] = local_parameter(owner._parameters[leaf], tensor)
+        owner._parameters[leaf] = parameters[id(tensor)]
+    for owner in module.modules():
+        for leaf, buffer in owner._buffers.items():
+            if buffer is not None and not buffer.is_meta:  # tables that no checkpoint holds
+                owner._buffers[leaf] = buffer.to(device)
+    return module
+
+
+def _batches(places: list[Place]) -> Iterator[list[Place]]:
+    """Consecutive places, cut by the elements of their whole tensors: in the same places on every rank."""
+    batch: list[Place] = []
+    elements = 0
+    for place in places:
+        batch.append(place)
+        elements += prod(place.loader.whole)
+        if elements >= _MEET_EVERY_ELEMENTS:
+            yield batch
+            batch, elements = [], 0
+    yield batch
 
 
 def _persistent_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -144,23 +227,3 @@ def _persistent_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor
             if name not in owner._non_persistent_buffers_set:
                 found.append((f"{prefix}.{name}" if prefix else name, buffer))
     return found
-
-
-def _read(fd: int, entry: TensorEntry) -> torch.Tensor:
-    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-    if entry.nbytes:
-        read_exactly(fd, memoryview(raw.numpy()), entry.start, entry)
-    return raw.view(_TORCH_DTYPES[entry.dtype]).view(entry.shape)
-
-
-def _assign(module: torch.nn.Module, names: tuple[str, ...], tensor: torch.Tensor) -> None:
-    """Put one tensor at all its names; tied names share one parameter."""
-    parameter: torch.nn.Parameter | None = None
-    for name in names:
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        if leaf in owner._parameters:
-            parameter = parameter if parameter is not None else torch.nn.Parameter(tensor, requires_grad=False)
-            owner._parameters[leaf] = parameter
-        else:
-            owner._buffers[leaf] = tensor

@@ -1,5 +1,8 @@
 """Attention processors for diffusers' `WanAttention`: sequence-parallel self-attention, remembered text keys.
 
+They see as many heads as this rank holds: under tensor parallelism `attn.heads` is their number and the linears and
+norms around them are parallel ones.
+
 Shape legend as in `wan_dist.layers.attention`; d is the model's width (H * D).
 """
 
@@ -8,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 
 from wan_dist.distributed.mesh import Axis
-from wan_dist.layers.attention import Attend, ulysses_attention
+from wan_dist.layers.attention import usp_attention
+from wan_dist.layers.attention_kernels import AttentionKernel
 from wan_dist.layers.remember import Remembered
 from wan_dist.layers.rows import pad_rows, query_rows
+from wan_dist.models.text_encoder import MAX_TEXT_TOKENS
 
 
 class Rotary(NamedTuple):
@@ -34,9 +39,10 @@ def rotate(x_BlHD: torch.Tensor, table_lD: torch.Tensor) -> torch.Tensor:
 class SequenceParallelSelfAttention:
     """Processor for `attn1`: this rank's tokens in, this rank's tokens out, attention over all of them."""
 
-    def __init__(self, axis: Axis, attend: Attend) -> None:
-        self.axis = axis
-        self.attend = attend
+    def __init__(self, ring: Axis, ulysses: Axis, kernel: AttentionKernel) -> None:
+        self.ring = ring
+        self.ulysses = ulysses
+        self.kernel = kernel
 
     def __call__(
         self,
@@ -57,16 +63,16 @@ class SequenceParallelSelfAttention:
             )
         )
         q, k = rotate(q, rotary_emb.table_lD), rotate(k, rotary_emb.table_lD)
-        out = ulysses_attention(q, k, v, self.axis, rotary_emb.tokens, self.attend)
+        out = usp_attention(q, k, v, self.ring, self.ulysses, rotary_emb.tokens, self.kernel)
         return attn.to_out[0](pad_rows(out.flatten(2, 3), rows))
 
 
 class RememberingCrossAttention:
-    """Processor for `attn2`: local, since text is whole on every rank; keys and values of a prompt are computed once
-    and kept for all steps."""
+    """Processor for `attn2`: local, since text and image are whole on every rank; keys and values of a prompt are
+    computed once and kept for all steps."""
 
-    def __init__(self, attend: Attend) -> None:
-        self.attend = attend
+    def __init__(self, kernel: AttentionKernel) -> None:
+        self.attend = kernel.whole
         self.text_kv: Remembered[tuple[torch.Tensor, torch.Tensor]] = Remembered()
 
     def __call__(
@@ -77,15 +83,21 @@ class RememberingCrossAttention:
         attention_mask: torch.Tensor | None = None,
         rotary_emb: Rotary | None = None,
     ) -> torch.Tensor:
-        assert encoder_hidden_states is not None and attn.add_k_proj is None and attention_mask is None
+        assert encoder_hidden_states is not None and attention_mask is None
         heads, rows = (attn.heads, -1), hidden_states.shape[1]
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads)
-        k, v = self.text_kv(
-            encoder_hidden_states,
-            lambda text: (
-                attn.norm_k(attn.to_k(text)).unflatten(2, heads),
-                attn.to_v(text).unflatten(2, heads),
-            ),
-        )
-        out = self.attend(pad_rows(q, query_rows(rows, q.device)), k, v)[:, :rows]
-        return attn.to_out[0](out.flatten(2, 3))
+        q = pad_rows(q, query_rows(rows, q.device))
+
+        def text_kv(text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return attn.norm_k(attn.to_k(text)).unflatten(2, heads), attn.to_v(text).unflatten(2, heads)
+
+        if attn.add_k_proj is None:
+            out = self.attend(q, *self.text_kv(encoder_hidden_states, text_kv))
+        else:
+            # The model joins image and text anew in every forward: there is no tensor to remember them by, and it is
+            # by the text's fixed length that they are told apart.
+            image, text = encoder_hidden_states.tensor_split([-MAX_TEXT_TOKENS], dim=1)
+            image_k = attn.norm_added_k(attn.add_k_proj(image)).unflatten(2, heads)
+            image_v = attn.add_v_proj(image).unflatten(2, heads)
+            out = self.attend(q, *text_kv(text)) + self.attend(q, image_k, image_v)
+        return attn.to_out[0](out[:, :rows].flatten(2, 3))

@@ -1,11 +1,13 @@
 """Parallelising diffusers' `WanTransformer3DModel`, on one page.
 
 The model's own forward runs unchanged. Its rope hands out this rank's rows of the table, a hook before the first
-block keeps this rank's tokens, the attention processors exchange what attention needs, and a hook after `proj_out`
-gathers the result (64 channels, where hidden states would be thousands).
+block keeps this rank's tokens, the attention processors exchange what attention needs, linears and norms compute this
+rank's heads and features, and a hook after `proj_out` gathers the result (64 channels, where hidden states would be
+thousands).
 """
 
 from collections.abc import Callable
+from math import gcd
 from typing import Any
 
 import torch
@@ -15,11 +17,13 @@ from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
 from wan_dist.distributed.collectives import gather_dim
-from wan_dist.distributed.mesh import Axis
-from wan_dist.layers.attention import Attend
+from wan_dist.distributed.mesh import Axis, Mesh
+from wan_dist.layers.attention_kernels import AttentionKernel
+from wan_dist.layers.fp32_norm import keep_fp32_parameters
 from wan_dist.layers.remember import Remembered
 from wan_dist.layers.rows import pad_rows, rows_for
 from wan_dist.layers.sequence import split_range, split_sizes
+from wan_dist.layers.tensor_parallel import split_column, split_rms_norm, split_row
 from wan_dist.models.wan_attention import RememberingCrossAttention, Rotary, SequenceParallelSelfAttention
 
 
@@ -32,15 +36,20 @@ def meta_transformer(config: dict[str, Any]) -> WanTransformer3DModel:
     return model.eval().requires_grad_(False)
 
 
-def parallelize_wan_transformer(model: WanTransformer3DModel, axis: Axis, attend: Attend) -> Callable[[], None]:
-    """Teach `model` to run with its token sequence split over `axis` (size 1: unsplit).
+def parallelize_wan_transformer(
+    model: WanTransformer3DModel, mesh: Mesh, kernel: AttentionKernel
+) -> Callable[[], None]:
+    """Teach `model` to run on `mesh`: its token sequence split over ring x ulysses, its heads and features over tp.
 
-    Returns a function that forgets what was remembered of the prompts: call it when they change.
+    With tp > 1 the model must still be on the meta device. Sharding of the weights over the FSDP axis comes later, once
+    they are read. Returns a function that forgets what was remembered of the prompts: call it when they change.
     """
-    _split_rope(model, axis)
-    _split_sequence(model, axis)
+    _split_features(model, mesh["tp"])
+    _split_rope(model, mesh["sp"])
+    _split_sequence(model, mesh["sp"], mesh["tp"])
     _activate_in_place(model)
-    remembered = _set_attention(model, axis, attend)
+    keep_fp32_parameters(model)
+    remembered = _set_attention(model, mesh, kernel)
     remembered.append(_remember_text_projection(model))
 
     def forget_text() -> None:
@@ -48,6 +57,36 @@ def parallelize_wan_transformer(model: WanTransformer3DModel, axis: Axis, attend
             memory.clear()
 
     return forget_text
+
+
+def _split_features(model: WanTransformer3DModel, axis: Axis) -> None:
+    """Attention by heads (self, text and image), the feed-forward by features; everything else is whole on all ranks.
+
+    Heads must divide, since a head is the least that a rank can attend with; features need not.
+    """
+    if axis.size == 1:
+        return
+    for block in model.blocks:
+        for attention in (block.attn1, block.attn2):
+            _split_attention(attention, axis)
+        linear_in, linear_out = block.ffn.net[0].proj, block.ffn.net[2]
+        mine = split_range(linear_in.out_features, axis.size, axis.rank)
+        split_column(linear_in, *mine)
+        split_row(linear_out, axis, *mine)
+
+
+def _split_attention(attention: torch.nn.Module, axis: Axis) -> None:
+    heads, over = divmod(attention.heads, axis.size)
+    assert over == 0, f"{attention.heads} heads over {axis.size} ranks"
+    features = attention.inner_dim // axis.size
+    mine = axis.rank * features, (axis.rank + 1) * features
+    image = ("add_k_proj", "add_v_proj") if attention.add_k_proj is not None else ()
+    for name in ("to_q", "to_k", "to_v", *image):
+        split_column(getattr(attention, name), *mine)
+    for name in ("norm_q", "norm_k", *(("norm_added_k",) if image else ())):
+        split_rms_norm(getattr(attention, name), axis, *mine)
+    split_row(attention.to_out[0], axis, *mine)
+    attention.heads = heads
 
 
 class _SplitRotaryPosEmbed(WanRotaryPosEmbed):
@@ -71,9 +110,10 @@ def _split_rope(model: WanTransformer3DModel, axis: Axis) -> None:
     model.rope.axis, model.rope.last = axis, None
 
 
-def _split_sequence(model: WanTransformer3DModel, axis: Axis) -> None:
+def _split_sequence(model: WanTransformer3DModel, axis: Axis, tp: Axis) -> None:
     lengths: list[int] = []  # tokens of each rank in the forward that is running
-    ffn_width = model.config.ffn_dim
+    # A divisor of every rank's share of the features: all of tp must pad to the same rows, and fill whole vectors.
+    ffn_width = gcd(*split_sizes(model.config.ffn_dim, tp.size))
 
     def keep_my_tokens(_block: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         lengths[:] = split_sizes(args[0].shape[1], axis.size)
@@ -101,11 +141,11 @@ def _activate_in_place(model: WanTransformer3DModel) -> None:
         block.ffn.net[0].__class__ = _InPlaceGELU
 
 
-def _set_attention(model: WanTransformer3DModel, axis: Axis, attend: Attend) -> list[Remembered[Any]]:
+def _set_attention(model: WanTransformer3DModel, mesh: Mesh, kernel: AttentionKernel) -> list[Remembered[Any]]:
     remembered: list[Remembered[Any]] = []
     for block in model.blocks:
-        block.attn1.set_processor(SequenceParallelSelfAttention(axis, attend))
-        cross = RememberingCrossAttention(attend)
+        block.attn1.set_processor(SequenceParallelSelfAttention(mesh["ring"], mesh["ulysses"], kernel))
+        cross = RememberingCrossAttention(kernel)
         block.attn2.set_processor(cross)
         remembered.append(cross.text_kv)
     return remembered

@@ -1,9 +1,14 @@
-"""Anonymous host memory of this process: what it allocated, without the pages of mapped files."""
+"""Memory as this process finds it: its own anonymous host memory (what it allocated, without the pages of mapped
+files), and what is free."""
 
+import ctypes
 import os
+import re
 import resource
 import threading
 from pathlib import Path
+
+import torch
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -24,13 +29,36 @@ class PeakHostMemory:
     def __init__(self, interval_s: float = 0.01) -> None:
         self.base = self.peak = anonymous_bytes()
         self._interval = interval_s
-        threading.Thread(target=self._sample_for_ever, name="host-memory", daemon=True).start()
+        self._stopped = threading.Event()
+        threading.Thread(target=self._sample_until_stopped, name="host-memory", daemon=True).start()
 
-    def _sample_for_ever(self) -> None:
-        tick = threading.Event()
-        while not tick.wait(self._interval):
+    def _sample_until_stopped(self) -> None:
+        while not self._stopped.wait(self._interval):
             self.sample()
+
+    def stop(self) -> int:
+        """The peak; nothing is sampled any more."""
+        self._stopped.set()
+        return self.sample()
 
     def sample(self) -> int:
         self.peak = max(self.peak, anonymous_bytes())
         return self.peak
+
+
+def return_free_memory() -> None:
+    """Have the C library return to the system what was freed (glibc; elsewhere nothing is done)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What is free on a device; on a CPU, what the host has available (None where it does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except FileNotFoundError:
+        return None
+    return int(found[1]) * 1024 if found else None

@@ -3,14 +3,15 @@
 from copy import deepcopy
 from typing import Any
 
-from wan_dist.config.schema import BenchConfig, Config, RecipeConfig
+from wan_dist.config.schema import Config, RecipeConfig
 from wan_dist.loading.checkpoint import Checkpoint
 
 # Defaults of `diffusers.WanPipeline.__call__` (a test compares them with its signature). `fps` is not an argument
 # there; 16 is what the Wan models were trained at.
 PIPELINE_DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "steps": 50, "guidance_scale": 5.0, "fps": 16.0}
 
-# The shapes that `bench=step` times where none is given: small enough for a CPU; Wan2.1 1.3B at 480p on a GPU.
+# The shapes that benchmarks take where none is given: small enough for a CPU; Wan2.1 1.3B at 480p on a GPU; `load`
+# writes eight of the 1.3B's blocks to a disk; `scale`, which runs on nothing, takes the 14B.
 BENCH_DEFAULTS = {
     "cpu": {
         "blocks": 8, "heads": 8, "head_dim": 64, "ffn": 2048, "text_dim": 512,
@@ -20,6 +21,8 @@ BENCH_DEFAULTS = {
         "blocks": 30, "heads": 12, "head_dim": 128, "ffn": 8960, "text_dim": 4096,
         "frames": 21, "rows": 60, "columns": 104,
     },
+    "load": {"blocks": 8, "heads": 12, "head_dim": 128, "ffn": 8960, "text_dim": 4096},
+    "scale": {"blocks": 40, "heads": 40, "head_dim": 128, "ffn": 13824, "text_dim": 4096},
 }  # fmt: skip
 
 # diffusers' scheduler classes <-> `sampler.solver`.
@@ -54,9 +57,10 @@ def resolve(config: Config, checkpoint: Checkpoint, *, recipe_applies: bool) -> 
     return resolved
 
 
-def resolve_bench(bench: BenchConfig, device: str) -> None:
-    """Fill the null shapes of `bench`, in place, with the device's defaults."""
-    for name, value in BENCH_DEFAULTS[device].items():
+def resolve_bench(config: Config) -> None:
+    """Fill the null shapes of `config.bench`, in place. The device must be chosen."""
+    bench = config.bench
+    for name, value in BENCH_DEFAULTS[bench.kind if bench.kind in BENCH_DEFAULTS else config.runtime.device].items():
         setattr(bench, name, _first(getattr(bench, name), value))
 
 

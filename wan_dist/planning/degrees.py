@@ -6,6 +6,7 @@ from wan_dist.config.schema import ParallelismConfig
 from wan_dist.planning.refusal import Refusal
 
 AXES = ("dp", "cfg", "ring", "ulysses", "tp")
+_BALANCED = 0.9  # of the work of the busiest rank, the least that the average rank may do
 
 
 def given_degrees(parallelism: ParallelismConfig) -> dict[str, int]:
@@ -24,19 +25,25 @@ def wanted_ranks(parallelism: ParallelismConfig, *, world: int | None, asked: in
     return prod(given.values()) if given else found
 
 
-def usable_ranks(ranks: int, *, heads: int, guided: bool) -> int:
-    """Of `ranks` that nobody ordered, as many as a mesh of guidance and Ulysses can use: a head for each at least."""
-    cfg = 2 if guided and ranks % 2 == 0 else 1
-    return cfg * min(ranks // cfg, heads)
+def balanced_ulysses(ranks: int, heads: int) -> int:
+    """How many of `ranks` should share heads (Ulysses), the rest being the ring around them: the largest divisor that
+    leaves at most a tenth of the heads' work idle. 1 always does.
+
+    >>> balanced_ulysses(8, heads=40), balanced_ulysses(8, heads=12), balanced_ulysses(3, heads=40)
+    (8, 4, 3)
+    """
+    divisors = [degree for degree in range(1, min(ranks, heads) + 1) if ranks % degree == 0]
+    return max(degree for degree in divisors if heads / (degree * -(-heads // degree)) >= _BALANCED)
 
 
 def choose_degrees(
-    parallelism: ParallelismConfig, ranks: int, *, guided: bool, source: str
+    parallelism: ParallelismConfig, ranks: int, *, guided: bool, source: str, heads: int = 0
 ) -> tuple[dict[str, int], list[Refusal]]:
     """A degree for every axis whose product is `ranks`; the given ones are orders.
 
-    Policy for what is left: guidance first (its two halves exchange one small tensor a step), then Ulysses.
-    source: where `ranks` comes from, for the message.
+    Policy for what is left: guidance first (its two halves exchange one small tensor a step), then Ulysses as far as
+    the heads divide well, then the ring.
+    source: where `ranks` comes from, for the message. heads: of the model; 0 where unknown.
     """
     given = given_degrees(parallelism)
     product = prod(given.values())
@@ -46,7 +53,11 @@ def choose_degrees(
     if over == 0 and rest > 1 and "cfg" not in given and guided and rest % 2 == 0:
         degrees["cfg"], rest = 2, rest // 2
     if over == 0 and rest > 1 and "ulysses" not in given:
-        degrees["ulysses"], rest = rest, 1
+        local_heads = heads // degrees["tp"]
+        degrees["ulysses"] = balanced_ulysses(rest, local_heads) if local_heads and "ring" not in given else rest
+        rest //= degrees["ulysses"]
+    if over == 0 and rest > 1 and "ring" not in given:
+        degrees["ring"], rest = rest, 1
     if over or rest != 1:
         why = f"{shown} is a mesh of {product}, but {source} is {ranks}"
         remedy = f"make the product of the degrees {ranks}, or start {product}"

@@ -6,11 +6,21 @@ The same functions serve the command line, torchrun's ranks and (later) the plan
 import math
 from typing import Any
 
-from wan_dist.config.schema import Config, SamplerConfig, VideoConfig, leaves
+from wan_dist.config.schema import (
+    BenchConfig,
+    Config,
+    FsdpConfig,
+    ParallelismConfig,
+    SamplerConfig,
+    VideoConfig,
+    leaves,
+)
+from wan_dist.distributed.shard_conditions import CONDITIONS
 from wan_dist.loading.checkpoint import Checkpoint
 from wan_dist.planning.defaults import SOLVERS
+from wan_dist.planning.degrees import choose_degrees
 from wan_dist.planning.refusal import Refusal
-from wan_dist.planning.video_shape import ModelShape, nearest_multiples
+from wan_dist.planning.video_shape import WAN_2_1, ModelShape, nearest_multiples, parse_video
 
 # Keys of the contract whose other values are not built yet, and the values that are. A value here is never ignored.
 _AVAILABLE: dict[str, tuple[Any, ...]] = {
@@ -19,12 +29,6 @@ _AVAILABLE: dict[str, tuple[Any, ...]] = {
     "last_image": (None,),
     "latents": (None,),
     "parallelism.dp": (None, 1),
-    "parallelism.ring": (None, 1),
-    "parallelism.tp": (None, 1),
-    "parallelism.fsdp.enabled": ("auto", "off"),
-    "parallelism.fsdp.replicate": (1,),
-    "parallelism.fsdp.shard_conditions": ([],),
-    "parallelism.fsdp.reshard_after_forward": (True,),
     "parallelism.vae": ("auto", "off"),
     "offload.mode": ("auto",),
     "offload.transformer": ("auto", "resident"),
@@ -50,6 +54,7 @@ _AVAILABLE: dict[str, tuple[Any, ...]] = {
     "plan.device_memory_gb": (None,),
     "plan.host_memory_gb": (None,),
 }
+_TRANSFORMER_BLOCK = "blocks.0"  # of the one class of transformer that runs; asking the model itself takes torch
 _SEED_RANGE = (-(2**63), 2**64 - 1)  # what torch.Generator.manual_seed takes
 _LONGEST_SUFFIX = len(".latents.safetensors.tmp")
 
@@ -226,18 +231,74 @@ def sampler_refusals(config: Config, sampler: SamplerConfig, checkpoint: Checkpo
 
 
 def mesh_refusals(degrees: dict[str, int], *, heads: int, guided: bool) -> list[Refusal]:
-    """Degrees that this model and this request cannot fill."""
+    """Degrees that this model and this request cannot fill. Tokens and ring need not divide anything."""
     found = []
-    cfg, ulysses = degrees["cfg"], degrees["ulysses"]
+    cfg, ulysses, tp = degrees["cfg"], degrees["ulysses"], degrees["tp"]
     if cfg > 2:
         found.append(Refusal("parallelism.cfg", cfg, "guidance has two branches", "use 1 or 2"))
     elif cfg == 2 and not guided:
         why = "no step is guided (guidance_scale <= 1), so the second half would have nothing to do"
         found.append(Refusal("parallelism.cfg", cfg, why, "use parallelism.cfg=1, or a guidance_scale above 1"))
-    if ulysses > heads:
-        why = f"more Ulysses ranks than the model's {heads} attention heads"
-        found.append(Refusal("parallelism.ulysses", ulysses, why, f"use 1 to {heads}"))
+    if heads % tp:
+        why = f"the model's {heads} attention heads do not divide by it ({heads} = {heads // tp} x {tp} + {heads % tp})"
+        legal = ", ".join(str(degree) for degree in range(1, heads + 1) if heads % degree == 0)
+        found.append(Refusal("parallelism.tp", tp, why, f"use one of {legal}"))
+    elif ulysses > heads // tp:
+        of_tp = f" ({heads} over tp {tp} leaves {heads // tp} a rank)" if tp > 1 else ""
+        why = f"more Ulysses ranks than attention heads{of_tp or f': the model has {heads}'}"
+        found.append(Refusal("parallelism.ulysses", ulysses, why, f"use 1 to {heads // tp}, and ring for the rest"))
     return found
+
+
+def fsdp_refusals(fsdp: FsdpConfig, degrees: dict[str, int]) -> list[Refusal]:
+    """Shard conditions that do not exist; where FSDP is on, those that match nothing, and replicas that do not divide
+    its axis."""
+    found = []
+    for name in fsdp.shard_conditions:
+        if name not in CONDITIONS:
+            why, remedy = "no such shard condition", f"use {', '.join(CONDITIONS)}"
+            found.append(Refusal("parallelism.fsdp.shard_conditions", name, why, remedy))
+    known = [CONDITIONS[name] for name in fsdp.shard_conditions if name in CONDITIONS]
+    matching = [name for name, condition in CONDITIONS.items() if condition(_TRANSFORMER_BLOCK, None)]
+    if fsdp.enabled == "on" and known and not found and not any(is_unit(_TRANSFORMER_BLOCK, None) for is_unit in known):
+        why = f"no module of WanTransformer3DModel matches; its blocks are {_TRANSFORMER_BLOCK} and so on"
+        value, remedy = ",".join(fsdp.shard_conditions), f"use {' or '.join(matching)}, or leave it out"
+        found.append(Refusal("parallelism.fsdp.shard_conditions", value, why, remedy))
+    size = degrees["cfg"] * degrees["ring"] * degrees["ulysses"]
+    if fsdp.enabled == "on" and fsdp.replicate >= 1 and size % fsdp.replicate:
+        shown = f"cfg {degrees['cfg']} x ring {degrees['ring']} x ulysses {degrees['ulysses']} = {size}"
+        why = f"replicas share out the FSDP axis, {shown}, which does not divide by it"
+        legal = ", ".join(str(count) for count in range(1, size + 1) if size % count == 0)
+        found.append(Refusal("parallelism.fsdp.replicate", fsdp.replicate, why, f"use one of {legal}"))
+    return found
+
+
+def scale_refusals(bench: BenchConfig, parallelism: ParallelismConfig, *, world: int | None) -> list[Refusal]:
+    """Of `bench=scale`: worlds that the given degrees do not fill, videos that do not fit. world: torchrun's."""
+    found = []
+    if world not in (None, 1):
+        found.append(Refusal("bench", "scale", f"torchrun started {world} ranks; it takes one", "start it as wan-dist"))
+    for ranks in bench.worlds:
+        if ranks < 2 or not bench.heads or bench.heads < 1:
+            continue  # outside their limits, which is said elsewhere
+        degrees, problems = choose_degrees(
+            parallelism, ranks, guided=bench.guidance, source="one of bench.worlds", heads=bench.heads
+        )
+        found += problems or mesh_refusals(degrees, heads=bench.heads, guided=bench.guidance)
+        found += fsdp_refusals(parallelism.fsdp, degrees)
+    for text in bench.videos:
+        try:
+            height, width, frames = parse_video(text)
+        except ValueError as error:
+            found.append(Refusal("bench.videos", text, str(error), "write e.g. 480x832x81"))
+            continue
+        video = VideoConfig(height=height, width=width, num_frames=frames)
+        problems = video_refusals(video, WAN_2_1)
+        found += [Refusal("bench.videos", text, f"{r.key}={r.value}: {r.why}", r.remedy) for r in problems]
+    for key, values in (("bench.worlds", bench.worlds), ("bench.videos", bench.videos)):
+        if not values:
+            found.append(Refusal(key, "[]", "nothing would be measured", "leave it out, or name some"))
+    return list(dict.fromkeys(found))
 
 
 def device_refusals(config: Config, *, device: str, gpus: int, local_ranks: int) -> list[Refusal]:

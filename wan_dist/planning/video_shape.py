@@ -56,6 +56,19 @@ class ModelShape:
         return (frames // self.patch[0]) * (rows // self.patch[1]) * (columns // self.patch[2])
 
 
+# Wan2.1 and Wan2.2 A14B, for benchmarks that have no checkpoint.
+WAN_2_1 = ModelShape(heads=40, channels=16, patch=(1, 2, 2), stride_t=4, stride_s=8, max_positions=1024)
+
+
+def parse_video(text: str) -> tuple[int, int, int]:
+    """`(height, width, frames)` of `480x832x81`. Raises ValueError for any other form."""
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"{text!r} is not of the form HEIGHTxWIDTHxFRAMES")
+    height, width, frames = map(int, parts)
+    return height, width, frames
+
+
 def nearest_multiples(value: int, multiple: int, offset: int = 0) -> list[int]:
     """The legal values `k * multiple + offset` next below and next above `value`, of those above 0.
 

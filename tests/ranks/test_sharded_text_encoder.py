@@ -1,0 +1,75 @@
+"""A text encoder that does not fit one device is run by all ranks together, from shards: the same embeddings, from half
+the bytes. One rank's want of room decides for all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from support.ranks import frozen, run_cases, run_generation
+
+FSDP = {"parallelism.fsdp.enabled": "on"}
+BF16 = {"runtime.dtype": "bfloat16"}
+# settings, and the number of shards of one replica
+CASES = [
+    ({"parallelism.ring": 2, **FSDP}, 2),
+    ({"parallelism.ring": 2, **FSDP, **BF16}, 2),
+    ({"parallelism.ring": 3, **FSDP}, 3),
+    ({"parallelism.tp": 2, "parallelism.ulysses": 2, **FSDP}, 2),
+    ({"parallelism.cfg": 2, "parallelism.ring": 2, **FSDP, "parallelism.fsdp.replicate": 2}, 2),
+]
+
+
+def generate_with_little_room(env, config, poor: int | None) -> dict[str, str]:
+    """A generation where rank `poor` finds no room at all and the others find plenty."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wan_dist.pipeline.free_bytes", lambda _device: 1 if env.rank == poor else 1 << 40)
+        return run_generation(env, config)
+
+
+def runs(folder: Path, path: Path, requests: list[tuple[dict, int | None]]) -> list[tuple[torch.Tensor, dict]]:
+    """Latents and record for settings and a poor rank; all requests on equally many ranks."""
+    configs = [
+        frozen(folder, path, **{"parallelism.cfg": 1, "output.name": f"video{number}", **settings})
+        for number, (settings, _) in enumerate(requests)
+    ]
+    (ranks,) = {int(config.runtime.ranks) for config in configs}
+    cases = [(config, poor) for config, (_, poor) in zip(configs, requests, strict=True)]
+    outputs = [by_rank[0] for by_rank in run_cases(ranks, generate_with_little_room, cases)]
+    return [
+        (load_file(files["latents"])["latents"], json.loads(Path(files["record"]).read_text())) for files in outputs
+    ]
+
+
+def placement(record: dict) -> str:
+    return next(row["placement"] for row in record["plan"] if row["component"] == "text_encoder")
+
+
+def bytes_read(record: dict) -> list[int]:
+    return [rank["bytes_read"].get("text_encoder", 0) for rank in record["ranks"]]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_it_gives_the_same_video_from_a_share_of_the_bytes_each(tmp_path, tiny, ranks):
+    weights = load_file(next((tiny / "text_encoder").glob("*.safetensors"))).values()
+    whole = sum(tensor.numel() * tensor.element_size() for tensor in weights)
+    cases = [case for case in CASES if torch.Size(
+        [degree for key, degree in case[0].items() if key.count(".") == 1 and key.startswith("parallelism")]
+    ).numel() == ranks]  # fmt: skip
+    poor = ranks - 1
+    results = iter(runs(tmp_path, tiny, [(settings, who) for settings, _ in cases for who in (None, poor)]))
+    for settings, shards in cases:
+        (latents, record), (shared_latents, shared_record) = next(results), next(results)
+        assert placement(record) == "component" and bytes_read(record) == [whole] + [0] * (ranks - 1)
+        assert placement(shared_record) == "fsdp"
+        assert torch.equal(shared_latents, latents), settings
+        read = bytes_read(shared_record)
+        assert sum(read) == whole * ranks // shards
+        assert max(read) <= 1.1 * whole / shards, settings
+
+
+def test_without_fsdp_it_is_not_sharded(tmp_path, tiny):
+    ((_, record),) = runs(tmp_path, tiny, [({"parallelism.ring": 2}, 1)])
+    assert placement(record) == "component"
