@@ -1,42 +1,124 @@
-"""`task=bench`: a JSON line for each case, and the bytes that Ulysses' formula says."""
+"""`task=bench`: a JSON line for each case, bytes that the formulas say, and a table where there is one."""
 
 import json
 
 import pytest
 
-from e2e.processes import files_in
+from e2e.processes import files_in, together
 from support.commands import wan_dist
 
-BLOCKS, HEADS, HEAD_DIM, RANKS, FORWARDS, FP32 = 2, 4, 32, 2, 2, 4
+BLOCKS, HEADS, HEAD_DIM, RANKS, FORWARDS, FP32, BF16 = 2, 4, 32, 2, 2, 4, 2
 TOKENS = 1 * (16 // 2) * (16 // 2)
+WIDTH_14B, BLOCKS_14B, TOKENS_480P, TOKENS_720P = 5120, 2, 32760, 75600
+
+SHAPE = [f"bench.blocks={BLOCKS}", f"bench.heads={HEADS}", f"bench.head_dim={HEAD_DIM}", "bench.ffn=128"]
+SHAPE += ["bench.text_dim=64", "bench.repeats=1"]
+COMMANDS = {
+    "step": [*SHAPE, "bench.frames=1", "bench.rows=16", "bench.columns=16", f"parallelism.ulysses={RANKS}"],
+    "load": ["bench=load", *SHAPE, "parallelism=tp2", "runtime.dtype=bfloat16"],
+    "load named": ["bench=load", "model=tiny", "parallelism=ring2", "parallelism.fsdp.enabled=on", "bench.repeats=1"],
+    "scale": ["bench=scale", f"bench.blocks={BLOCKS_14B}", "bench.worlds=[8,64]"],
+    "scale sharded": [
+        *("bench=scale", f"bench.blocks={BLOCKS_14B}", "bench.worlds=[16]", "bench.videos=[480x832x81]"),
+        *("parallelism.tp=2", "parallelism.fsdp.enabled=on", "parallelism.fsdp.replicate=2"),
+    ],
+}
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    """The finished command, its lines by case, and its working folder."""
-    cwd = tmp_path_factory.mktemp("bench")
-    shape = [f"bench.blocks={BLOCKS}", f"bench.heads={HEADS}", f"bench.head_dim={HEAD_DIM}", "bench.ffn=128"]
-    shape += ["bench.frames=1", "bench.rows=16", "bench.columns=16", "bench.repeats=1", "bench.text_dim=64"]
-    done = wan_dist("task=bench", *shape, f"parallelism.ulysses={RANKS}", cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return [line["case"] for line in lines], {line["case"]: line for line in lines}, cwd
+def benches(tmp_path_factory):
+    """`{name: (its JSON lines, its stderr, its working folder)}`."""
+    cwds = [tmp_path_factory.mktemp("bench") for _ in COMMANDS]
+    runs = [
+        lambda words=words, cwd=cwd: wan_dist("task=bench", *words, cwd=cwd)
+        for words, cwd in zip(COMMANDS.values(), cwds, strict=True)
+    ]
+    results = {}
+    for name, cwd, done in zip(COMMANDS, cwds, together(*runs), strict=True):
+        assert done.returncode == 0, done.stderr
+        results[name] = ([json.loads(line) for line in done.stdout.splitlines()], done.stderr, cwd)
+    return results
 
 
-def test_every_case_is_one_line(bench):
-    cases, lines, cwd = bench
-    assert cases == ["diffusers", "one_rank", "mesh"]
-    assert [lines[case]["ranks"] for case in cases] == [1, 1, RANKS]
-    for line in lines.values():
+@pytest.fixture
+def step(benches):
+    return {line["case"]: line for line in benches["step"][0]}
+
+
+def test_nothing_is_left_behind(benches):
+    for _, _, cwd in benches.values():
+        assert files_in(cwd) == set()
+
+
+def test_every_case_of_a_step_is_one_line(step):
+    assert list(step) == ["diffusers", "one_rank", "mesh"]
+    assert [line["ranks"] for line in step.values()] == [1, 1, RANKS]
+    for line in step.values():
         assert line["tokens"] == TOKENS and line["forwards_per_step"] == FORWARDS
         assert line["dtype"] == "float32" and line["median_s"] > 0 and len(line["all_s"]) == 1
-    assert lines["diffusers"]["ratio"] == 1 and lines["one_rank"]["ratio"] > 0 and lines["mesh"]["speedup"] > 0
-    assert lines["mesh"]["mesh"]["ulysses"] == RANKS
-    assert files_in(cwd) == set()
+    assert step["diffusers"]["ratio"] == 1 and step["one_rank"]["ratio"] > 0 and step["mesh"]["speedup"] > 0
+    assert step["mesh"]["mesh"]["ulysses"] == RANKS
 
 
-def test_bytes_of_the_all_to_alls(bench):
+def test_bytes_of_a_steps_all_to_alls(step):
     """q, k, v and the output: `4 (L/P) d (P-1)/P` elements a block and forward leave each rank."""
     elements = 4 * (TOKENS // RANKS) * HEADS * HEAD_DIM * (RANKS - 1) // RANKS
-    sent = bench[1]["mesh"]["bytes_sent"]
+    sent = step["mesh"]["bytes_sent"]
     assert [rank["all_to_all"] for rank in sent] == [elements * FP32 * BLOCKS * FORWARDS] * RANKS
+
+
+@pytest.mark.parametrize("name", ["load", "load named"])
+def test_each_rank_reads_what_it_keeps_and_diffusers_all(benches, name):
+    lines, table, _ = benches[name]
+    ours, theirs = lines
+    assert [line["case"] for line in lines] == ["wan_dist", "diffusers"]
+    assert theirs["ratio"] == 1 and ours["ratio"] > 0 and table.count("\n|") >= 3
+    for line in lines:
+        assert len(line["by_rank"]) == line["ranks"] == 2 and line["median_s"] > 0
+    for rank in ours["by_rank"]:
+        assert rank["bytes_read"] == rank["kept_bytes"] < ours["bytes_on_disk"]
+    for rank in theirs["by_rank"]:
+        assert rank["bytes_read"] == theirs["bytes_on_disk"]
+    if name == "load named":  # FSDP alone divides everything
+        assert sum(rank["bytes_read"] for rank in ours["by_rank"]) == ours["bytes_on_disk"]
+
+
+def scale_line(lines, ranks: int, video: str) -> dict:
+    (line,) = (line for line in lines if (line["ranks"], line["video"]) == (ranks, video))
+    return line
+
+
+@pytest.mark.parametrize(("video", "tokens"), [("480x832x81", TOKENS_480P), ("720x1280x81", TOKENS_720P)])
+def test_bytes_of_a_large_world_are_the_formulas(benches, video, tokens):
+    """All that rank 0 of cfg 2 x ring r x Ulysses u sends in its one forward, and the gathers of the result."""
+    lines, table, _ = benches["scale"]
+    assert len(lines) == 4 and table.count(video) == 2
+    for ranks, ring, ulysses in ((8, 1, 4), (64, 4, 8)):
+        line = scale_line(lines, ranks, video)
+        assert [line["mesh"][axis] for axis in ("cfg", "ring", "ulysses", "tp")] == [2, ring, ulysses, 1]
+        mine = -(-tokens // (ring * ulysses))
+        others = [tokens // (ring * ulysses) + (rank < tokens % (ring * ulysses)) for rank in range(ring * ulysses)]
+        heads_away = WIDTH_14B * (ulysses - 1) // ulysses
+        back = sum(others[1:ulysses]) * (WIDTH_14B // ulysses)  # the result, to the tokens of the others
+        assert line["bytes_sent"]["all_to_all"] == (3 * mine * heads_away + back) * BF16 * BLOCKS_14B
+        groups = [sum(others[first : first + ulysses]) for first in range(0, ring * ulysses, ulysses)]
+        passed = sum(groups[-step % ring] for step in range(ring - 1))  # its own part, then those that came
+        assert line["bytes_sent"].get("p2p", 0) == 2 * passed * (WIDTH_14B // ulysses) * BF16 * BLOCKS_14B
+        gathered = (ring * ulysses - 1) * mine * 64 * BF16 + 4 * tokens * 16 * BF16  # tokens, then the cfg halves
+        assert line["bytes_sent"]["all_gather"] == gathered
+        assert line["parameter_bytes"] > 0 and line["activation_bytes"] > tokens * WIDTH_14B * BF16
+        assert line["predicted_s"]["total"] >= max(line["predicted_s"][part] for part in ("linear", "attention")) > 0
+        assert line["crosses_nodes"]["all_to_all"] is False
+
+
+def test_sharded_weights_of_a_large_world(benches):
+    ((line,), _, _) = benches["scale sharded"]
+    mesh = line["mesh"]
+    assert (mesh["cfg"], mesh["ulysses"], mesh["tp"], mesh["fsdp"]) == (2, 4, 2, True)
+    shards = 2 * 4 // 2
+    gathers = line["bytes_sent"]["fsdp_all_gather"] / ((shards - 1) * line["parameter_bytes"])
+    assert 1 <= gathers < 1.01  # tables of one row are padded to the number of shards
+    mine = TOKENS_480P // 4
+    # Out of both attentions and the feed-forward; the norms of q and k, in fp32 and for the text's k once a prompt.
+    reduced = mine * (3 * WIDTH_14B * BF16 + 3 * FP32) + 512 * FP32
+    assert line["bytes_sent"]["all_reduce"] == 2 * (2 - 1) * reduced // 2 * BLOCKS_14B

@@ -1,12 +1,22 @@
-"""`task=bench`: measurements of this machine, one JSON line a case."""
+"""`task=bench`: measurements of this machine and predictions for larger ones, one JSON line a case."""
 
 import torch
 
-from wan_dist.bench.step import bench_step
 from wan_dist.config.schema import Config
 from wan_dist.topology import RankEnv
 
 
 def run(config: Config, env: RankEnv, device: torch.device) -> None:
     """Run the benchmark that `bench=` names."""
-    bench_step(config, env, device)
+    if config.bench.kind == "scale":
+        from wan_dist.bench.scale import bench_scale
+
+        bench_scale(config)
+    elif config.bench.kind == "load":
+        from wan_dist.bench.load import bench_load
+
+        bench_load(config, env, device)
+    else:
+        from wan_dist.bench.step import bench_step
+
+        bench_step(config, env, device)
