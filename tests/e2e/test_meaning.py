@@ -1,17 +1,18 @@
-"""The default model draws what its prompt says, on one rank and on four."""
+"""The default model draws what its prompt says, on one rank and on meshes of four, by both launchers."""
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from e2e.processes import together
-from support.commands import wan_dist
+from support.commands import torchrun, wan_dist
 from support.meaning import describe
 
 # name -> (prompt, parallelism, (colour, background, horizontal and vertical direction; y points down))
 CASES = {
     "one rank": ("a red circle moving right on a black background", "single", ("red", "black", (1, 0))),
     "four ranks": ("a red circle moving right on a black background", "cfg2_ulysses2", ("red", "black", (1, 0))),
+    "every axis": ("a red circle moving right on a black background", "ring2", ("red", "black", (1, 0))),
     "blue": ("a blue square moving left on a white background", "single", ("blue", "white", (-1, 0))),
     "yellow": ("a yellow star moving up on a navy background", "single", ("yellow", "navy", (0, -1))),
 }
@@ -25,7 +26,11 @@ def clips(tmp_path_factory):
     def make(case):
         prompt, parallelism, _ = CASES[case]
         typed = [f"prompt={prompt}", f"parallelism={parallelism}", "output.formats=[frames]", f"output.name={case}"]
-        done = wan_dist("model=wan_shapes", *typed, f"output.dir={folder}", cwd=folder)
+        typed += ["model=wan_shapes", f"output.dir={folder}"]
+        if case == "every axis":
+            done = torchrun(4, *typed, "parallelism.tp=2", "parallelism.fsdp.enabled=on", cwd=folder)
+        else:
+            done = wan_dist(*typed, cwd=folder)
         assert done.returncode == 0, done.stderr
         return load_file(folder / f"{case}.frames.safetensors")["frames"]
 
@@ -42,6 +47,7 @@ def test_the_video_shows_what_was_asked_for(clips, case):
     assert seen.direction == direction, f"moved {seen.path[-1] - seen.path[0]} pixels (x, y)"
 
 
-def test_four_ranks_draw_the_same_video_as_one(clips):
-    difference = np.abs(clips["four ranks"].astype(int) - clips["one rank"].astype(int))
+@pytest.mark.parametrize("case", ["four ranks", "every axis"])
+def test_meshes_draw_the_same_video_as_one_rank(clips, case):
+    difference = np.abs(clips[case].astype(int) - clips["one rank"].astype(int))
     assert difference.max() <= 1  # a rounding of the last of 8 bits

@@ -22,6 +22,25 @@ CASES = {
     "width": ([P, "video.width=70"], ["video.width=70", "64 or 80"]),
     "frames": ([P, "video.num_frames=18"], ["video.num_frames=18", "17 or 21"]),
     "more ranks than heads": ([P, "parallelism.ulysses=9"], ["parallelism.ulysses=9", "8", "use 1 to 8"]),
+    "heads over tp": ([P, "parallelism.tp=3"], ["parallelism.tp=3", "8 attention heads", "use one of 1, 2, 4, 8"]),
+    "heads that tp leaves": (
+        [P, "parallelism.tp=4", "parallelism.ulysses=3"], ["parallelism.ulysses=3", "use 1 to 2", "ring for the rest"],
+    ),
+    "replicas": (
+        [P, "parallelism=cfg2_ulysses2", "parallelism.fsdp.enabled=on", "parallelism.fsdp.replicate=3"],
+        ["parallelism.fsdp.replicate=3", "cfg 2 x ring 1 x ulysses 2 = 4", "use one of 1, 2, 4"],
+    ),
+    "shard condition": (
+        [P, "parallelism.fsdp.shard_conditions=[is_blok]"], ["shard_conditions=is_blok", "is_block", "is_layer"],
+    ),
+    "no unit": (
+        [P, "parallelism=ulysses2", "parallelism.fsdp.enabled=on", "parallelism.fsdp.shard_conditions=[is_layer]"],
+        ["shard_conditions=is_layer", "WanTransformer3DModel", "is_block"],
+    ),
+    "a world that degrees do not fill": (
+        ["task=bench", "bench=scale", "bench.worlds=[8,12]", "parallelism.ulysses=8", "bench.videos=[480x832]"],
+        ["(2 reasons)", "is 12", "bench.videos=480x832", "480x832x81"],
+    ),
     "missing path": ([P, "model.path=PLACES/absent"], ["model.path=PLACES/absent", "no such folder"]),
     "not a checkpoint": ([P, "model.path=PLACES/empty"], ["model.path=PLACES/empty", "model_index.json"]),
     "pickles only": ([P, "model.path=PLACES/pickled"], ["model.path=PLACES/pickled", "model.bin", "safetensors"]),
