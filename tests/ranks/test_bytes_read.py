@@ -128,4 +128,4 @@ def test_a_rank_holds_little_more_than_it_keeps(large, axis, dtype):
         assert 250 * MB < 2 * 4 * rank["elements"] < 350 * MB
         assert rank["said"] == rank["counted"] == 4 * rank["elements"]
         assert dtype is torch.bfloat16 or rank["said"] <= 1.05 * rank["kept"] + MB
-        assert rank["kept"] <= rank["peak"] <= rank["kept"] + rank["largest_slice"] + 64 * MB, rank
+        assert 0.9 * rank["kept"] <= rank["peak"] <= rank["kept"] + rank["largest_slice"] + 64 * MB, rank

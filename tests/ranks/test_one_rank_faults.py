@@ -1,15 +1,18 @@
 """A fault that one rank meets is the same error on all of them, soon, and not a wait for one that is gone."""
 
+import contextlib
 import errno
 import os
 import shutil
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from support.ranks import frozen, generate, run_cases, run_generation, run_ranks
 from support.sharded import mesh_of
+from wan_dist.distributed.collectives import PeerLostError, all_reduce, pass_on
 from wan_dist.loading.tensor_files import CheckpointError, RemoteCheckpointError
 from wan_dist.loading.weights import on_every_rank
 
@@ -121,3 +124,30 @@ def test_a_rank_that_is_gone_is_no_fault_of_the_checkpoint():
     with pytest.raises(AssertionError) as caught:
         run_ranks(2, lost_rank, 1)
     assert "PeerLostError: gather_objects over axis 'world' failed" in str(caught.value)
+
+
+class Left(Exception):  # noqa: N818
+    """Leaves a process group without waiting for the others."""
+
+
+def waits_for_nobody(env) -> float:
+    """Seconds until a rank learns that its neighbour in an axis does not answer; 0 for those that do not."""
+    waited = 0.0
+    with contextlib.suppress(Left), mesh_of(env, ring=2, tp=2, timeout_s=2) as mesh:
+        if env.rank in (1, 2):
+            time.sleep(5)
+        else:
+            begin = time.monotonic()
+            with pytest.raises(PeerLostError):
+                if env.rank == 0:
+                    all_reduce(mesh["tp"], torch.ones(4))
+                else:
+                    pass_on(mesh["ring"], torch.ones(4), torch.empty(4))()
+            waited = time.monotonic() - begin
+        raise Left
+    return waited
+
+
+def test_the_timeout_is_that_of_every_axis_not_of_the_world_alone():
+    first, _, _, last = run_ranks(4, waits_for_nobody)
+    assert 1.5 < first < 4.5 and 1.5 < last < 4.5

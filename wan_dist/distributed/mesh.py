@@ -5,7 +5,9 @@ A size-1 axis is an axis like any other: its collectives return at once, so call
 
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import timedelta
 from math import prod
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -58,22 +60,40 @@ class Mesh:
         return self.axes[name]
 
 
-def build_mesh(degrees: dict[str, int], device_type: str, *, fsdp_replicas: int = 1) -> Mesh:
+def build_mesh(
+    degrees: dict[str, int], device_type: str, *, fsdp_replicas: int = 1, timeout_s: float | None = None
+) -> Mesh:
     """The mesh of `degrees` over the default process group, whose size must be their product.
 
-    fsdp_replicas: into how many replicas the FSDP axis is divided (HSDP), outermost; a divisor of its size.
+    fsdp_replicas: into how many replicas the FSDP axis is divided (HSDP), outermost; a divisor of its size. timeout_s:
+    of the axes' groups, which do not take over the default group's; None is torch's own (minutes to half an hour).
     With one rank no process group is needed.
     """
     traffic: Counter[str] = Counter()
     if prod(degrees.values()) == 1:
         axes = {name: Axis(name, traffic=traffic) for name in (*AXES, *COMBINED_AXES)}
         return Mesh(axes, Axis("world", traffic=traffic), traffic)
-    mesh = init_device_mesh(device_type, tuple(degrees[name] for name in AXES), mesh_dim_names=AXES)
+    backend = (None, None) if timeout_s is None else _backend_with(timedelta(seconds=timeout_s))
+    mesh = init_device_mesh(
+        device_type,
+        tuple(degrees[name] for name in AXES),
+        mesh_dim_names=AXES,
+        backend_override=dict.fromkeys(AXES, backend),
+    )
     axes = {name: _axis(name, mesh[name], traffic) for name in AXES}
-    flat = {name: mesh[parts]._flatten(name) for name, parts in COMBINED_AXES.items()}
+    flat = {name: mesh[parts]._flatten(name, backend_override=backend) for name, parts in COMBINED_AXES.items()}
     axes |= {name: _axis(name, sub, traffic) for name, sub in flat.items()}
     world = Axis("world", dist.get_rank(), dist.get_world_size(), dist.group.WORLD, traffic)
-    return Mesh(axes, world, traffic, _fsdp_mesh(flat["fsdp"], fsdp_replicas, traffic))
+    return Mesh(axes, world, traffic, _fsdp_mesh(flat["fsdp"], fsdp_replicas, traffic, backend))
+
+
+def _backend_with(timeout: timedelta) -> tuple[str, Any]:
+    """The default group's backend, with a timeout. (Set on a group afterwards, gloo's messages between two ranks would
+    not heed it.)"""
+    name = dist.get_backend()
+    options = dist.ProcessGroupNCCL.Options() if name == "nccl" else dist.ProcessGroupGloo._Options()
+    options._timeout = timeout
+    return name, options
 
 
 def _axis(name: str, sub: DeviceMesh, traffic: Counter[str]) -> Axis:
@@ -81,12 +101,15 @@ def _axis(name: str, sub: DeviceMesh, traffic: Counter[str]) -> Axis:
     return Axis(name, sub.get_local_rank(), sub.size(), group, traffic)
 
 
-def _fsdp_mesh(flat: DeviceMesh, replicas: int, traffic: Counter[str]) -> FsdpMesh | None:
+def _fsdp_mesh(
+    flat: DeviceMesh, replicas: int, traffic: Counter[str], backend: tuple[str | None, Any]
+) -> FsdpMesh | None:
     shards, over = divmod(flat.size(), replicas)
     assert over == 0, f"{replicas} replicas of an FSDP axis of {flat.size()}"
     if shards == 1:
         return None
     if replicas == 1:
         return FsdpMesh(_axis("fsdp_shard", flat, traffic), flat)
-    both = flat._unflatten(0, (replicas, shards), ("fsdp_replicate", "fsdp_shard"))
+    names = ("fsdp_replicate", "fsdp_shard")
+    both = flat._unflatten(0, (replicas, shards), names, backend_override=dict.fromkeys(names, backend))
     return FsdpMesh(_axis("fsdp_shard", both["fsdp_shard"], traffic), both)

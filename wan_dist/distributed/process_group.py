@@ -38,7 +38,7 @@ def process_group(
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
-    mesh = build_mesh(degrees, device.type, fsdp_replicas=fsdp_replicas)
+    mesh = build_mesh(degrees, device.type, fsdp_replicas=fsdp_replicas, timeout_s=timeout_s)
     yield mesh
     del mesh
     dist.barrier()
