@@ -76,24 +76,23 @@ def generate(config: Config, env: RankEnv, device: torch.device, report: RankRep
 
     Raises CheckpointError on every rank if any rank's files are at fault.
     """
-    checkpoint = open_checkpoint(Path(str(config.model.path)))
-    scheduler, schedule = from_files(
-        checkpoint.path / "scheduler", partial(scheduled, config.sampler, checkpoint.scheduler, device)
-    )
     folder = Path(str(config.output.dir))
     if env.rank == 0:
         remove_leftovers(folder, config.output.name)
     degrees = {axis: getattr(config.parallelism, axis) for axis in AXES}
     replicas = config.parallelism.fsdp.replicate if config.parallelism.fsdp.enabled == "on" else 1
     with process_group(env, degrees, device, config.runtime.timeout_s, fsdp_replicas=replicas) as mesh:
-        run = _Run(config, checkpoint, schedule, mesh, device, report)
         with report.timed("check"):
+            checkpoint, scheduler, schedule = on_every_rank(mesh.world, partial(_open, config, device))
+            run = _Run(config, checkpoint, schedule, mesh, device, report)
             share_text_encoder = _text_encoder_needs_sharding(run)
             experts = on_every_rank(mesh.world, partial(_match_experts, run))
             others = on_every_rank(mesh.world, partial(_match_others, run, share_text_encoder))
         plan = _plan(run, list(experts), list(others), share_text_encoder)
         with report.timed("encode"):
             text = _encode(run, others.pop("text_encoder", None), share_text_encoder)
+            if share_text_encoder:
+                gc.collect()  # FSDP's modules and states refer to each other
         with report.timed("load"):
             predict = _load_experts(run, experts, text)
         with report.timed("denoise"):
@@ -116,6 +115,13 @@ def generate(config: Config, env: RankEnv, device: torch.device, report: RankRep
         ranks=ranks,
     )
     return {**outputs, "record": str(record)}
+
+
+def _open(config: Config, device: torch.device) -> tuple[Checkpoint, Any, list[Step]]:
+    """The checkpoint's JSON files, the scheduler, and the schedule that it makes."""
+    checkpoint = open_checkpoint(Path(str(config.model.path)))
+    make = partial(scheduled, config.sampler, checkpoint.scheduler, device)
+    return checkpoint, *from_files(checkpoint.path / "scheduler", make)
 
 
 def _text_encoder_needs_sharding(run: _Run) -> bool:
@@ -158,8 +164,6 @@ def _encode(run: _Run, weights: MatchedWeights | None, shared: bool) -> list[tor
     width = run.checkpoint.transformer_config.get("text_dim", 4096)
     text = torch.empty(branches, MAX_TEXT_TOKENS, width, dtype=run.dtype, device=run.device)
     _run_text_encoder(run, weights, shared, text)
-    if shared:
-        gc.collect()  # FSDP's modules and states refer to each other
     # Two tensors of their own, kept for the whole run: what is remembered of a prompt goes by its tensor's identity.
     return [part.clone() for part in broadcast(run.mesh.world, text).split(1)]
 
@@ -173,7 +177,9 @@ def _run_text_encoder(run: _Run, weights: MatchedWeights | None, shared: bool, t
     tokenizer = on_every_rank(world, lambda: from_files(folder, partial(load_tokenizer, folder)) if runs_here else None)
     load = partial(fill, device=run.device, bytes_read=run.report.bytes_read, component="text_encoder")
     if shared and run.sharding and weights:
-        encoder = load(weights, axis=world, sharding=replace(run.sharding, conditions=()))  # those are transformers'
+        # The conditions of the config are the transformers'; and what does not fit is never kept gathered.
+        sharding = replace(run.sharding, conditions=(), reshard_after_forward=True)
+        encoder = load(weights, axis=world, sharding=sharding)
     else:
         encoder = on_every_rank(world, lambda: load(weights) if weights else None)
 
@@ -288,7 +294,10 @@ def _write_outputs(
 
 def _plan(run: _Run, experts: list[str], others: list[str], share_text_encoder: bool) -> list[dict[str, str]]:
     """Where each component lived, and why."""
-    transformer = ("resident", "every rank holds all of its weights, but for what tensor parallelism divides")
+    why = "every rank holds all of its weights, but for what tensor parallelism divides"
+    if run.config.parallelism.fsdp.enabled == "on":
+        why += "; FSDP is on, but one rank is all that it could divide a replica over"
+    transformer = ("resident", why)
     text_encoder = ("component", "on rank 0 while it encodes the prompt, freed before the transformer is loaded")
     if run.sharding is not None:
         ranks = run.sharding.fsdp.shard.size

@@ -73,8 +73,9 @@ def test_nor_a_part_of_it(tmp_path):
     run_ranks(2, parts, save_transformer(tmp_path / "transformer"))
 
 
-def gathered_after_each_step(env, config) -> list[tuple[str, dict[str, bool]]]:
-    """`(the expert that ran, {expert: whether any of its parameters is gathered})`, after every step."""
+def held_after_each_step(env, config) -> list[tuple[str, dict[str, bool], dict[str, bool]]]:
+    """`(the expert that ran, {expert: whether any of its parameters is gathered}, {expert: whether it remembers a
+    prompt's keys})`, after every step."""
     models, seen = {}, []
     fill, denoise = pipeline.fill, pipeline.denoise
 
@@ -85,12 +86,15 @@ def gathered_after_each_step(env, config) -> list[tuple[str, dict[str, bool]]]:
     def watched_denoise(latents, schedule, scheduler, predict, axis, on_step):
         def watch(step):
             on_step(step)
+            experts = {name: model for name, model in models.items() if name.startswith("transformer")}
             gathered = {
                 name: not all(isinstance(parameter, DTensor) for parameter in model.parameters())
-                for name, model in models.items()
-                if name.startswith("transformer")
+                for name, model in experts.items()
             }
-            seen.append((step.expert, gathered))
+            remembers = {
+                name: bool(model.blocks[0].attn2.processor.text_kv._entries) for name, model in experts.items()
+            }
+            seen.append((step.expert, gathered, remembers))
 
         return denoise(latents, schedule, scheduler, predict, axis, watch)
 
@@ -101,16 +105,17 @@ def gathered_after_each_step(env, config) -> list[tuple[str, dict[str, bool]]]:
     return seen
 
 
-def test_an_idle_expert_holds_nothing_gathered(tmp_path, checkpoints):
+def test_an_idle_expert_holds_nothing_gathered_and_no_text(tmp_path, checkpoints):
     path = checkpoints(experts=2, boundary_ratio=0.9, seed=2)
     mesh = {"parallelism.cfg": 1, "parallelism.ring": 2, "parallelism.fsdp.enabled": "on"}
     configs = [
         frozen(tmp_path, path, **{**mesh, "parallelism.fsdp.reshard_after_forward": reshard, "sampler.steps": 4})
         for reshard in (True, False)
     ]
-    freed, kept = run_cases(2, gathered_after_each_step, [(config,) for config in configs])
+    freed, kept = run_cases(2, held_after_each_step, [(config,) for config in configs])
     for steps, running_is_gathered in ((freed, False), (kept, True)):
         for seen in steps:
-            assert {expert for expert, _ in seen} == {"transformer", "transformer_2"}
-            for running, gathered in seen:
+            assert {expert for expert, _, _ in seen} == {"transformer", "transformer_2"}
+            for running, gathered, remembers in seen:
+                assert remembers == {name: name == running for name in gathered}
                 assert gathered == {name: running_is_gathered and name == running for name in gathered}

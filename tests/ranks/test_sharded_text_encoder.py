@@ -1,14 +1,18 @@
 """A text encoder that does not fit one device is run by all ranks together, from shards: the same embeddings, from half
 the bytes. One rank's want of room decides for all."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
-from support.ranks import frozen, run_cases, run_generation
+from support.ranks import frozen, run_cases, run_generation, run_ranks
+from wan_dist import pipeline
 
 FSDP = {"parallelism.fsdp.enabled": "on"}
 BF16 = {"runtime.dtype": "bfloat16"}
@@ -73,3 +77,34 @@ def test_it_gives_the_same_video_from_a_share_of_the_bytes_each(tmp_path, tiny, 
 def test_without_fsdp_it_is_not_sharded(tmp_path, tiny):
     ((_, record),) = runs(tmp_path, tiny, [({"parallelism.ring": 2}, 1)])
     assert placement(record) == "component"
+
+
+def encoder_after_encoding(env, config) -> tuple[bool, bool]:
+    """Whether any of the encoder is still gathered when it has run, and whether it is there when the experts load."""
+    encoders, seen = [], []
+    encode_prompts, load_experts = pipeline.encode_prompts, pipeline._load_experts
+
+    def watched_encode(encoder, *rest):
+        encoded = encode_prompts(encoder, *rest)
+        encoders.append(weakref.ref(encoder))
+        seen.append(not all(isinstance(parameter, DTensor) for parameter in encoder.parameters()))
+        return encoded
+
+    def watched_load(*args):
+        seen.append(encoders[0]() is not None)
+        return load_experts(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "free_bytes", lambda _device: 1)
+        patch.setattr(pipeline, "encode_prompts", watched_encode)
+        patch.setattr(pipeline, "_load_experts", watched_load)
+        gc.disable()
+        run_generation(env, config)
+    return tuple(seen)
+
+
+def test_it_is_never_kept_gathered_and_is_gone_before_the_experts_come(tmp_path, tiny):
+    """Though the transformers' keys say to keep gathered, and name conditions that none of its modules meets."""
+    keys = {"parallelism.fsdp.reshard_after_forward": False, "parallelism.fsdp.shard_conditions": ["is_block"]}
+    config = frozen(tmp_path, tiny, **{"parallelism.cfg": 1, "parallelism.ring": 2, **FSDP, **keys})
+    assert run_ranks(2, encoder_after_encoding, config) == [(False, False)] * 2

@@ -176,6 +176,14 @@ def test_heads_that_the_degrees_do_not_fit(refusals, degrees, key, words):
     assert all(word in str(refusal) for word in words)
 
 
+def test_heads_of_the_second_expert_are_judged_too(reasons, tmp_path, checkpoints):
+    path = shutil.copytree(checkpoints(heads=4, experts=2, boundary_ratio=0.9, seed=2), tmp_path / "uneven")
+    file = path / "transformer_2" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_attention_heads": 3}))
+    settings = {**SMALL, "model.path": str(path), "parallelism.cfg": 1, "parallelism.tp": 2}
+    assert reasons(**settings) == ["parallelism.tp"]
+
+
 FSDP_MESH = {"parallelism.cfg": 2, "parallelism.ring": 3, "parallelism.tp": 2}
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
 from support.checkpoints import TINY, WAN_SHAPES
+from wan_dist.loading import weights as weights_module
 from wan_dist.loading.checkpoint import open_checkpoint
 from wan_dist.loading.tensor_files import CheckpointError, read_component
 from wan_dist.loading.weights import fill, match_weights, serve_in
@@ -140,3 +141,15 @@ def test_bytes_read_are_those_of_the_files(tiny):
         fill(weights, device=CPU, bytes_read=counted, component="transformer")
     on_disk = sum(entry.nbytes for entry in read_component(tiny / "transformer").values())
     assert counted == {"transformer": 2 * on_disk}
+
+
+def test_ranks_meet_again_and_again_while_they_read(tiny, monkeypatch):
+    """So that the failure of one ends all soon: every so many elements, in the same places on every rank."""
+    meetings = []
+    real = weights_module.on_every_rank
+    monkeypatch.setattr(weights_module, "on_every_rank", lambda axis, act: meetings.append(axis) or real(axis, act))
+    monkeypatch.setattr(weights_module, "_MEET_EVERY_ELEMENTS", 100_000)
+    model = transformer(tiny)
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    fill(match_weights(model, tiny / "transformer"), device=CPU)
+    assert elements // 200_000 < len(meetings) <= elements // 100_000 + 1

@@ -73,12 +73,12 @@ def check(config: Config, invocation: Invocation) -> Checked:
     )
     found += _output_dir_refusals(Path(config.output.dir), config.output.name)
 
-    source, heads, guided = None, 0, True  # no heads: unknown, and not judged
+    source, heads, guided = None, [], True  # no heads: unknown, and not judged
     _choose_device(config)
     names_model = config.task != "bench" or (config.bench.kind == "load" and _names_model(config, invocation))
     if config.task == "bench":
         resolve_bench(config)
-        heads, guided = int(config.bench.heads or 0), config.bench.guidance
+        heads, guided = [count for count in [config.bench.heads or 0] if count > 0], config.bench.guidance
     if names_model and invocation.model_known:
         source, checkpoint, problems = _open(config, invocation)
         found += problems
@@ -145,7 +145,8 @@ def _open(config: Config, invocation: Invocation) -> tuple[Source, Checkpoint | 
         here = Path(source.name).is_dir() and not source.name.startswith("built:")
         found = [_model_refusal(source.name, p) for p in weight_problems(checkpoint)] if here else []
         found += rules.checkpoint_refusals(checkpoint, "model.path", source.name)
-        ModelShape.from_configs(checkpoint.transformer_config, checkpoint.configs["vae"])
+        for expert in checkpoint.experts:
+            ModelShape.from_configs(checkpoint.configs[expert], checkpoint.configs["vae"])
     except (CheckpointError, ValueError) as error:
         return source, None, [_model_refusal(source.name, str(error))]
     return source, None if found else checkpoint, found
@@ -158,20 +159,23 @@ def _model_refusal(name: str, problem: str) -> Refusal:
 
 def _request_against_checkpoint(
     given: Config, resolved: Config, checkpoint: Checkpoint
-) -> tuple[list[Refusal], int, bool]:
-    """Refusals of the video and the sampler, the model's heads, and whether any step is guided."""
+) -> tuple[list[Refusal], list[int], bool]:
+    """Refusals of the video and the sampler, the experts' numbers of heads, and whether any step is guided."""
     shape = ModelShape.from_configs(checkpoint.transformer_config, checkpoint.configs["vae"])
     found = rules.video_refusals(resolved.video, shape)
     found += rules.sampler_refusals(given, resolved.sampler, checkpoint)
+    heads = sorted(
+        {ModelShape.from_configs(checkpoint.configs[e], checkpoint.configs["vae"]).heads for e in checkpoint.experts}
+    )
     steps = _steps_if_they_matter(resolved, checkpoint) if not found else None
     sampler = resolved.sampler
     if steps is None:
         scale = float(sampler.guidance_scale or 0)
-        return found, shape.heads, is_guided(scale, scale)
+        return found, heads, is_guided(scale, scale)
     for expert in sorted({step.expert for step in steps} - set(checkpoint.experts)):
         why = f"steps fall to {expert}, which this checkpoint lacks"
         found.append(Refusal("sampler.boundary_ratio", sampler.boundary_ratio, why, f"it has {checkpoint.experts}"))
-    return found, shape.heads, any(step.guided for step in steps)
+    return found, heads, any(step.guided for step in steps)
 
 
 def _steps_if_they_matter(config: Config, checkpoint: Checkpoint) -> list[Step] | None:
@@ -195,8 +199,8 @@ def _choose_device(config: Config) -> None:
     runtime.dtype = runtime.dtype or ("bfloat16" if runtime.device == "cuda" or plans_for_gpus else "float32")
 
 
-def _place(config: Config, invocation: Invocation, heads: int, guided: bool) -> list[Refusal]:
-    """Choose the mesh, in place; returns what does not fit."""
+def _place(config: Config, invocation: Invocation, heads: list[int], guided: bool) -> list[Refusal]:
+    """Choose the mesh, in place; returns what does not fit. heads: of each expert, as far as known."""
     runtime, parallelism, world = config.runtime, config.parallelism, invocation.world
     numbers = [*given_degrees(parallelism).values(), *([runtime.ranks] if runtime.ranks is not None else [])]
     if min(numbers, default=1) < 1:
@@ -205,13 +209,12 @@ def _place(config: Config, invocation: Invocation, heads: int, guided: bool) -> 
     found_here = max(gpus, 1) if runtime.device == "cuda" else DEFAULT_CPU_RANKS
     ranks = wanted_ranks(parallelism, world=world, asked=runtime.ranks, found=found_here)
     source = "torchrun's world" if world else "runtime.ranks" if runtime.ranks else "the number of ranks"
-    degrees, found = choose_degrees(parallelism, ranks, guided=guided, source=source, heads=heads)
+    degrees, found = choose_degrees(parallelism, ranks, guided=guided, source=source, heads=min(heads, default=0))
     if world and runtime.ranks not in (None, world):
         found.append(
             Refusal("runtime.ranks", runtime.ranks, f"torchrun started {world}", "leave it out under torchrun")
         )
-    if heads:
-        found += rules.mesh_refusals(degrees, heads=heads, guided=guided)
+    found += [r for count in heads for r in rules.mesh_refusals(degrees, heads=count, guided=guided) if r not in found]
     found += rules.fsdp_refusals(parallelism.fsdp, degrees)
     local_ranks = invocation.local_ranks or ranks
     found += rules.device_refusals(config, device=runtime.device, gpus=gpus, local_ranks=local_ranks)

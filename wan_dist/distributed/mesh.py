@@ -73,26 +73,38 @@ def build_mesh(
     if prod(degrees.values()) == 1:
         axes = {name: Axis(name, traffic=traffic) for name in (*AXES, *COMBINED_AXES)}
         return Mesh(axes, Axis("world", traffic=traffic), traffic)
-    backend = (None, None) if timeout_s is None else _backend_with(timedelta(seconds=timeout_s))
     mesh = init_device_mesh(
         device_type,
         tuple(degrees[name] for name in AXES),
         mesh_dim_names=AXES,
-        backend_override=dict.fromkeys(AXES, backend),
+        backend_override={name: _backend(degrees[name], timeout_s) for name in AXES},
     )
     axes = {name: _axis(name, mesh[name], traffic) for name in AXES}
-    flat = {name: mesh[parts]._flatten(name, backend_override=backend) for name, parts in COMBINED_AXES.items()}
+    flat = {name: _combined(mesh, name, timeout_s) for name in COMBINED_AXES}
     axes |= {name: _axis(name, sub, traffic) for name, sub in flat.items()}
     world = Axis("world", dist.get_rank(), dist.get_world_size(), dist.group.WORLD, traffic)
-    return Mesh(axes, world, traffic, _fsdp_mesh(flat["fsdp"], fsdp_replicas, traffic, backend))
+    return Mesh(axes, world, traffic, _fsdp_mesh(flat["fsdp"], fsdp_replicas, timeout_s, traffic))
 
 
-def _backend_with(timeout: timedelta) -> tuple[str, Any]:
-    """The default group's backend, with a timeout. (Set on a group afterwards, gloo's messages between two ranks would
-    not heed it.)"""
+def _combined(mesh: DeviceMesh, name: str, timeout_s: float | None) -> DeviceMesh:
+    """A combined axis; where only one of its parts has ranks, that one, whose group exists already."""
+    parts = COMBINED_AXES[name]
+    several = [part for part in parts if mesh[part].size() > 1]
+    if len(several) < 2:
+        return mesh[several[0] if several else parts[0]]
+    size = prod(mesh[part].size() for part in parts)
+    return mesh[parts]._flatten(name, backend_override=_backend(size, timeout_s))
+
+
+def _backend(size: int, timeout_s: float | None) -> tuple[str | None, Any]:
+    """The default group's backend with a timeout, for one axis of that size: each wants options of its own, since NCCL
+    writes the group's ranks into them. (Set on a group afterwards, gloo's messages between two ranks do not heed it.)
+    An axis over the whole world needs none: DeviceMesh gives it the default group itself."""
+    if timeout_s is None or size in (1, dist.get_world_size()):
+        return None, None
     name = dist.get_backend()
     options = dist.ProcessGroupNCCL.Options() if name == "nccl" else dist.ProcessGroupGloo._Options()
-    options._timeout = timeout
+    options._timeout = timedelta(seconds=timeout_s)
     return name, options
 
 
@@ -101,15 +113,14 @@ def _axis(name: str, sub: DeviceMesh, traffic: Counter[str]) -> Axis:
     return Axis(name, sub.get_local_rank(), sub.size(), group, traffic)
 
 
-def _fsdp_mesh(
-    flat: DeviceMesh, replicas: int, traffic: Counter[str], backend: tuple[str | None, Any]
-) -> FsdpMesh | None:
+def _fsdp_mesh(flat: DeviceMesh, replicas: int, timeout_s: float | None, traffic: Counter[str]) -> FsdpMesh | None:
     shards, over = divmod(flat.size(), replicas)
     assert over == 0, f"{replicas} replicas of an FSDP axis of {flat.size()}"
     if shards == 1:
         return None
     if replicas == 1:
         return FsdpMesh(_axis("fsdp_shard", flat, traffic), flat)
-    names = ("fsdp_replicate", "fsdp_shard")
-    both = flat._unflatten(0, (replicas, shards), names, backend_override=dict.fromkeys(names, backend))
+    sizes = {"fsdp_replicate": replicas, "fsdp_shard": shards}
+    backends = {name: _backend(size, timeout_s) for name, size in sizes.items()}
+    both = flat._unflatten(0, tuple(sizes.values()), tuple(sizes), backend_override=backends)
     return FsdpMesh(_axis("fsdp_shard", both["fsdp_shard"], traffic), both)

@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from wan_dist.distributed.collectives import barrier
 from wan_dist.distributed.mesh import Mesh, build_mesh
 from wan_dist.topology import RankEnv
 
@@ -39,8 +40,9 @@ def process_group(
         device_id=device if device.type == "cuda" else None,
     )
     mesh = build_mesh(degrees, device.type, fsdp_replicas=fsdp_replicas, timeout_s=timeout_s)
+    world = mesh.world
     yield mesh
     del mesh
-    dist.barrier()
+    barrier(world)
     dist.destroy_process_group()
     gc.collect()

@@ -1,7 +1,8 @@
 """In which order components are loaded: the largest on the device first, while there is room to be fragmented.
 
 The order is a pure function of sizes and names, and rank 0's is everyone's, since ranks that load together exchange
-messages in that order.
+messages in that order. The pipeline has phases (text encoder, transformers, VAE), each of which frees what it loaded
+before the next where memory asks for it; the order is that of the components within one.
 """
 
 import re

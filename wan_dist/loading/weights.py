@@ -25,7 +25,7 @@ from wan_dist.loading.slices import SliceReader, rows_within
 from wan_dist.loading.tensor_files import CheckpointError, RemoteCheckpointError, TensorEntry, read_component
 
 # Ranks tell each other of a failure after so many elements of whole tensors, so that none reads on for minutes.
-_MEET_EVERY_ELEMENTS = 1 << 29
+_MEET_EVERY_ELEMENTS = 1 << 27
 
 Result = TypeVar("Result")
 

@@ -85,6 +85,8 @@ class RememberingCrossAttention:
     ) -> torch.Tensor:
         assert encoder_hidden_states is not None and attention_mask is None
         heads, rows = (attn.heads, -1), hidden_states.shape[1]
+        if rows == 0:  # a rank without tokens, as all that share them with it; GPU kernels refuse no queries
+            return hidden_states
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads)
         q = pad_rows(q, query_rows(rows, q.device))
 
