@@ -19,7 +19,7 @@ from wan_dist.planning.degrees import AXES, choose_degrees, given_degrees, wante
 from wan_dist.planning.refusal import Refusal, RefusedError
 from wan_dist.planning.video_shape import ModelShape
 from wan_dist.sampling.schedule import Step, is_guided
-from wan_dist.topology import slurm_step, visible_gpus
+from wan_dist.topology import slurm_step, usable_cores, visible_gpus
 
 DEFAULT_CPU_RANKS = 2
 
@@ -194,6 +194,8 @@ def _steps_if_they_matter(config: Config, checkpoint: Checkpoint) -> list[Step] 
 def _choose_device(config: Config) -> None:
     """Device and dtype, in place. `bench=scale` computes on none, and plans for GPUs."""
     runtime, plans_for_gpus = config.runtime, config.task == "bench" and config.bench.kind == "scale"
+    if plans_for_gpus:
+        runtime.device = "cpu"
     if runtime.device not in ("cpu", "cuda"):
         runtime.device = "cuda" if visible_gpus() else "cpu"
     runtime.dtype = runtime.dtype or ("bfloat16" if runtime.device == "cuda" or plans_for_gpus else "float32")
@@ -217,7 +219,9 @@ def _place(config: Config, invocation: Invocation, heads: list[int], guided: boo
     found += [r for count in heads for r in rules.mesh_refusals(degrees, heads=count, guided=guided) if r not in found]
     found += rules.fsdp_refusals(parallelism.fsdp, degrees)
     local_ranks = invocation.local_ranks or ranks
-    found += rules.device_refusals(config, device=runtime.device, gpus=gpus, local_ranks=local_ranks)
+    found += rules.device_refusals(
+        config, device=runtime.device, gpus=gpus, local_ranks=local_ranks, cores=usable_cores()
+    )
     runtime.ranks = ranks
     for axis in AXES:
         setattr(parallelism, axis, degrees[axis])

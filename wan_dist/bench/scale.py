@@ -18,6 +18,7 @@ import torch.distributed as dist
 from wan_dist.bench.live_bytes import PeakLiveBytes
 from wan_dist.bench.random_transformer import TransformerShape, random_transformer
 from wan_dist.config.schema import BenchConfig, Config
+from wan_dist.distributed.fsdp import reshard
 from wan_dist.distributed.mesh import AXES, Axis, Mesh, build_mesh
 from wan_dist.layers.sequence import split_sizes
 from wan_dist.loading.weights import sharding_of
@@ -30,7 +31,7 @@ from wan_dist.sampling.denoise import guided_prediction
 from wan_dist.sampling.schedule import Step
 
 # Over which axis each collective runs; `all_gather` also joins the two guidance halves, which is a thousandth of it.
-_AXIS_OF = {"all_to_all": "ulysses", "p2p": "ring", "all_reduce": "tp", "all_gather": "sp", "fsdp_all_gather": "fsdp"}
+_AXIS_OF = {"all_to_all": "ulysses", "p2p": "ring", "all_reduce": "tp", "all_gather": "sp"}
 
 
 @torch.no_grad()
@@ -48,7 +49,7 @@ def bench_scale(config: Config) -> None:
         with _fake_world(config, world, degrees) as (mesh, model, parameter_bytes):
             for video in config.bench.videos:
                 line = _measure(config, mesh, model, video)
-                lines.append({**_facts(config, degrees), **line, "parameter_bytes": parameter_bytes})
+                lines.append({**_facts(config, degrees, mesh), **line, "parameter_bytes": parameter_bytes})
                 print(json.dumps(lines[-1]), flush=True)
     print(table(lines), file=sys.stderr, flush=True)
 
@@ -67,7 +68,14 @@ def _fake_world(config: Config, world: int, degrees: dict[str, int]) -> Iterator
         mesh = build_mesh(degrees, "cpu", fsdp_replicas=replicas)  # outside the fake mode: it computes with real ranks
         with FakeTensorMode(allow_non_fake_inputs=True):
             dtype = getattr(torch, str(config.runtime.dtype))
-            model = random_transformer(shape, dtype=dtype, device=cpu, mesh=mesh, sharding=sharding_of(fsdp, mesh))
+            model = random_transformer(
+                shape,
+                dtype=dtype,
+                device=cpu,
+                mesh=mesh,
+                attention=config.runtime.attention,
+                sharding=sharding_of(fsdp, mesh),
+            )
             yield mesh, model, sum(_local_bytes(parameter) for parameter in model.parameters())
     finally:
         dist.destroy_process_group()
@@ -90,13 +98,17 @@ def _measure(config: Config, mesh: Mesh, model: Any, video: str) -> dict[str, An
     def predict(latents: torch.Tensor, timestep: torch.Tensor, _step: Step, branch: int) -> torch.Tensor:
         return model(latents.to(dtype), timestep, text[branch], return_dict=False)[0]
 
+    reshard(model)  # what the last video left gathered is this one's to gather
     mesh.traffic.clear()
     with PeakLiveBytes() as live:
         guided_prediction(predict, latents, timestep, step, mesh["cfg"])
     forwards = 2 if bench.guidance and mesh["cfg"].size == 1 else 1
     tokens, sent = WAN_2_1.tokens(num_frames, height, width), dict(mesh.traffic)
     flops = _flops(bench, mesh, tokens)
-    crosses = {name: _crosses_nodes(mesh[_AXIS_OF[name]], bench.ranks_per_node) for name in sent}
+    axes = {name: mesh[axis] for name, axis in _AXIS_OF.items()}
+    if mesh.fsdp is not None:
+        axes["fsdp_all_gather"] = mesh.fsdp.shard
+    crosses = {name: _crosses_nodes(axes[name], bench.ranks_per_node) for name in sent}
     rates = Rates(*(value * unit for value, unit in zip(_stated(bench).values(), (1e12, 1e12, 1e9, 1e9), strict=True)))
     return {
         "video": video,
@@ -140,13 +152,16 @@ def _stated(bench: BenchConfig) -> dict[str, float]:
     return {name: getattr(bench, name) for name in names}
 
 
-def _facts(config: Config, degrees: dict[str, int]) -> dict[str, Any]:
+def _facts(config: Config, degrees: dict[str, int], mesh: Mesh) -> dict[str, Any]:
     bench = config.bench
     shape = {name: getattr(bench, name) for name in TransformerShape.__dataclass_fields__}
     return {
         "bench": "scale",
         "ranks": prod(degrees.values()),
-        "mesh": {**{axis: degrees[axis] for axis in AXES}, "fsdp": config.parallelism.fsdp.enabled == "on"},
+        "mesh": {
+            **{axis: degrees[axis] for axis in AXES},
+            "fsdp": sharding_of(config.parallelism.fsdp, mesh) is not None,
+        },
         **shape,
         "dtype": config.runtime.dtype,
         "stated": {**_stated(bench), "ranks_per_node": bench.ranks_per_node},
@@ -157,7 +172,16 @@ def _facts(config: Config, degrees: dict[str, int]) -> dict[str, Any]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """The lines as one Markdown table."""
-    head = ["ranks", "mesh", "video", "weights GB", "activations GB", "sent GB a step", "predicted s/step", "scaling"]
+    head = [
+        "ranks",
+        "mesh",
+        "video",
+        "weights GB",
+        "activations GB",
+        "sent GB a step",
+        "predicted s/step",
+        "of the first world's rate a rank",
+    ]
     rows = [head, ["---"] * len(head)]
     for line in lines:
         mesh = " x ".join(f"{axis} {line['mesh'][axis]}" for axis in AXES if line["mesh"][axis] > 1)

@@ -66,7 +66,7 @@ def bench_step(config: Config, env: RankEnv, device: torch.device) -> None:
             model = make(mesh=mesh, sharding=sharding_of(config.parallelism.fsdp, mesh))
             runs["mesh"] = _step(model, shape, dtype, device, mesh["cfg"])
         times = _alternate(runs, shape.repeats, device, mesh.world)
-        sent = {name: total // (shape.repeats + 1) for name, total in mesh.traffic.items()}
+        sent = {name: total // shape.repeats for name, total in mesh.traffic.items() if total}
         sent_by_rank = gather_objects(mesh.world, sent)
         fsdp = config.parallelism.fsdp.enabled == "on" and mesh.fsdp is not None
         del mesh, runs
@@ -129,10 +129,14 @@ def _step(
 def _alternate(
     runs: dict[str, Callable[[], Any] | None], repeats: int, device: torch.device, world: Axis
 ) -> dict[str, list[float]]:
-    """Seconds of each run, `repeats` times in turn, after one uncounted turn. All ranks start a turn together; one
-    that has no part in it (None) waits for the others without using a core."""
+    """Seconds of each run, `repeats` times in turn, after one turn that counts neither in them nor in the traffic.
+
+    All ranks start a turn together; one that has no part in it (None) waits for the others without using a core.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
+        if turn == 1:
+            world.traffic.clear()  # the first turn also computes what later ones remember
         for name, run in runs.items():
             barrier(world)
             if run is None:

@@ -21,6 +21,7 @@ _TORCH_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_CPU = torch.device("cpu")
 
 
 def rows_within(ranges: Ranges, begin: int, end: int) -> Ranges:
@@ -56,6 +57,7 @@ class SliceReader:
     def __init__(self) -> None:
         self.bytes_read = 0
         self._files: dict[Path, int] = {}
+        self._staging = torch.empty(0, dtype=torch.uint8)
         self._stack = ExitStack()
 
     def __enter__(self) -> "SliceReader":
@@ -66,19 +68,32 @@ class SliceReader:
     ) -> None:
         self._stack.close()
 
-    def read(self, entry: TensorEntry, ranges: Ranges) -> torch.Tensor:
-        """The slice, in the file's dtype. Raises CheckpointError where the file ends early, OSError where it cannot be
-        read."""
+    def read(
+        self, entry: TensorEntry, ranges: Ranges, *, dtype: torch.dtype | None = None, device: torch.device = _CPU
+    ) -> torch.Tensor:
+        """The slice in `dtype` (None: the file's), on `device`. Raises CheckpointError where the file ends early or
+        cannot be read, OSError where it cannot be opened."""
         if entry.file not in self._files:
             self._files[entry.file] = os.open(entry.file, os.O_RDONLY)
             self._stack.callback(os.close, self._files[entry.file])
-        size = DTYPE_BYTES[entry.dtype]
+        on_disk, size = _TORCH_DTYPES[entry.dtype], DTYPE_BYTES[entry.dtype]
         shape = tuple(end - begin for begin, end in ranges)
-        raw = torch.empty(prod(shape) * size, dtype=torch.uint8)
+        is_kept = dtype in (None, on_disk) and device.type == "cpu"
+        raw = self._buffer(prod(shape) * size, is_kept)
         memory, done = memoryview(raw.numpy()), 0
         for first, count in contiguous_runs(entry.shape, ranges):
             run = memory[done : done + count * size]
             read_exactly(self._files[entry.file], run, entry.start + first * size, entry)
             done += count * size
         self.bytes_read += done
-        return raw.view(_TORCH_DTYPES[entry.dtype]).view(shape)
+        tensor = raw.view(on_disk).view(shape)
+        return tensor if is_kept else tensor.to(device, dtype or on_disk, copy=True)
+
+    def _buffer(self, nbytes: int, is_kept: bool) -> torch.Tensor:
+        """Memory to read into: fresh where the result keeps it, else the same for all tensors. Freed between tensors
+        that live on, it would stay with the C library: hundreds of megabytes for one expert."""
+        if is_kept:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        if self._staging.numel() < nbytes:
+            self._staging = torch.empty(nbytes, dtype=torch.uint8)
+        return self._staging[:nbytes]

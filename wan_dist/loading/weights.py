@@ -158,7 +158,7 @@ def fill(
         def read_batch(batch: list[Place]) -> None:
             for place in batch:
                 name = place.names[0]
-                tensor = reader.read(place.entry, parts[name]).to(device, dtypes[name])
+                tensor = reader.read(place.entry, parts[name], dtype=dtypes[name], device=device)
                 read.update(dict.fromkeys(place.names, tensor))
 
         for batch in _batches(weights.places):

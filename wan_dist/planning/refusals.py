@@ -55,6 +55,7 @@ _AVAILABLE: dict[str, tuple[Any, ...]] = {
     "plan.host_memory_gb": (None,),
 }
 _TRANSFORMER_BLOCK = "blocks.0"  # of the one class of transformer that runs; asking the model itself takes torch
+_RANKS_ON_ANY_CPU, _RANKS_PER_CORE = 64, 8  # to try a mesh on a laptop; each takes half a gigabyte for its libraries
 _SEED_RANGE = (-(2**63), 2**64 - 1)  # what torch.Generator.manual_seed takes
 _LONGEST_SUFFIX = len(".latents.safetensors.tmp")
 
@@ -243,7 +244,8 @@ def mesh_refusals(degrees: dict[str, int], *, heads: int, guided: bool) -> list[
         why = f"the model's {heads} attention heads do not divide by it ({heads} = {heads // tp} x {tp} + {heads % tp})"
         legal = ", ".join(str(degree) for degree in range(1, heads + 1) if heads % degree == 0)
         found.append(Refusal("parallelism.tp", tp, why, f"use one of {legal}"))
-    elif ulysses > heads // tp:
+    if ulysses > (heads if heads % tp else heads // tp):
+        tp = 1 if heads % tp else tp
         of_tp = f" ({heads} over tp {tp} leaves {heads // tp} a rank)" if tp > 1 else ""
         why = f"more Ulysses ranks than attention heads{of_tp or f': the model has {heads}'}"
         found.append(Refusal("parallelism.ulysses", ulysses, why, f"use 1 to {heads // tp}, and ring for the rest"))
@@ -301,14 +303,19 @@ def scale_refusals(bench: BenchConfig, parallelism: ParallelismConfig, *, world:
     return list(dict.fromkeys(found))
 
 
-def device_refusals(config: Config, *, device: str, gpus: int, local_ranks: int) -> list[Refusal]:
-    """Devices that are not there, attention kernels that the device does not have. device: resolved."""
+def device_refusals(config: Config, *, device: str, gpus: int, local_ranks: int, cores: int = 1) -> list[Refusal]:
+    """More ranks than the node can serve, devices that are not there, attention kernels that the device does not have.
+    device: resolved."""
     found = []
     if device == "cuda" and gpus == 0:
         found.append(Refusal("runtime.device", "cuda", "no GPU is visible here", "use cpu, or check the driver"))
     elif device == "cuda" and local_ranks > gpus:
         why = f"{local_ranks} ranks on this node, but {gpus} visible GPUs"
         found.append(Refusal("parallelism", local_ranks, why, f"use degrees whose product is {gpus} at most"))
+    if device == "cpu" and local_ranks > max(_RANKS_ON_ANY_CPU, _RANKS_PER_CORE * cores):
+        why = f"{local_ranks} ranks on this node's {cores} CPU cores would take more memory and time than they save"
+        most = max(_RANKS_ON_ANY_CPU, _RANKS_PER_CORE * cores)
+        found.append(Refusal("parallelism", local_ranks, why, f"use degrees whose product is {most} at most"))
     if device == "cpu" and config.runtime.attention in ("efficient", "cudnn"):
         found.append(Refusal("runtime.attention", config.runtime.attention, "a GPU kernel", "use auto, flash or math"))
     if device == "cuda" and config.runtime.attention in ("flash", "cudnn") and config.runtime.dtype == "float32":
