@@ -31,7 +31,7 @@ from wan_dist.loading.components import (
 )
 from wan_dist.loading.sizes import served_bytes
 from wan_dist.loading.tensor_files import CheckpointError
-from wan_dist.loading.weights import MatchedWeights, Sharding, fill, from_files, on_every_rank, sharding_of
+from wan_dist.loading.weights import MatchedWeights, Sharding, fill, from_files, on_every_rank, replicas_of, sharding_of
 from wan_dist.log import logger
 from wan_dist.models.text_encoder import MAX_TEXT_TOKENS, encode_prompts, load_tokenizer
 from wan_dist.models.wan_vae import decode_frames
@@ -80,7 +80,7 @@ def generate(config: Config, env: RankEnv, device: torch.device, report: RankRep
     if env.rank == 0:
         remove_leftovers(folder, config.output.name)
     degrees = {axis: getattr(config.parallelism, axis) for axis in AXES}
-    replicas = config.parallelism.fsdp.replicate if config.parallelism.fsdp.enabled == "on" else 1
+    replicas = replicas_of(config.parallelism.fsdp)
     with process_group(env, degrees, device, config.runtime.timeout_s, fsdp_replicas=replicas) as mesh:
         with report.timed("check"):
             checkpoint, scheduler, schedule = on_every_rank(mesh.world, partial(_open, config, device))

@@ -25,13 +25,14 @@ import torch
 from wan_dist.bench.random_transformer import TransformerShape
 from wan_dist.config.schema import Config
 from wan_dist.distributed.collectives import barrier, gather_objects
+from wan_dist.distributed.fsdp import kept_bytes
 from wan_dist.distributed.mesh import AXES, Axis, Mesh
 from wan_dist.distributed.process_group import process_group
 from wan_dist.layers.attention_kernels import attention_kernel
 from wan_dist.loading.checkpoint import Checkpoint, open_checkpoint
 from wan_dist.loading.components import match_transformer
 from wan_dist.loading.tensor_files import read_component
-from wan_dist.loading.weights import fill, on_every_rank, sharding_of
+from wan_dist.loading.weights import fill, on_every_rank, replicas_of, sharding_of
 from wan_dist.models.random_weights import randomise
 from wan_dist.output.memory import PeakHostMemory, return_free_memory
 from wan_dist.output.record import source_commit
@@ -62,8 +63,7 @@ def bench_load(config: Config, env: RankEnv, device: torch.device) -> None:
     """
     degrees = {axis: getattr(config.parallelism, axis) for axis in AXES}
     fsdp = config.parallelism.fsdp
-    replicas = fsdp.replicate if fsdp.enabled == "on" else 1
-    with process_group(env, degrees, device, config.runtime.timeout_s, fsdp_replicas=replicas) as mesh:
+    with process_group(env, degrees, device, config.runtime.timeout_s, fsdp_replicas=replicas_of(fsdp)) as mesh:
         facts = _facts(config, {**degrees, "fsdp": sharding_of(fsdp, mesh) is not None})
         on_disk, turns = _take_turns(config, mesh, device)
     if env.rank == 0:
@@ -159,13 +159,9 @@ def _measure(load: Load, device: torch.device) -> Measured:
     if on_gpu:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
-    kept = sum(_local(parameter).nbytes for model in models for parameter in model.parameters())
+    kept = sum(kept_bytes(model) for model in models)
     peak_on_gpu = torch.cuda.max_memory_allocated(device) - before if on_gpu else None
     return Measured(seconds, read, kept, memory.stop() - memory.base, peak_on_gpu)
-
-
-def _local(parameter: Any) -> torch.Tensor:
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def _facts(config: Config, mesh: dict[str, Any]) -> dict[str, Any]:

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from wan_dist.bench.live_bytes import PeakLiveBytes
 from wan_dist.bench.random_transformer import TransformerShape, random_transformer
 from wan_dist.config.schema import BenchConfig, Config
-from wan_dist.distributed.fsdp import reshard
+from wan_dist.distributed.fsdp import kept_bytes, reshard
 from wan_dist.distributed.mesh import AXES, Axis, Mesh, build_mesh
 from wan_dist.layers.sequence import split_sizes
-from wan_dist.loading.weights import sharding_of
+from wan_dist.loading.weights import replicas_of, sharding_of
 from wan_dist.models.text_encoder import MAX_TEXT_TOKENS
 from wan_dist.output.record import source_commit
 from wan_dist.planning.cost import Rates, forward_flops, predicted_step
@@ -64,8 +64,8 @@ def _fake_world(config: Config, world: int, degrees: dict[str, int]) -> Iterator
     shape = TransformerShape(**{name: getattr(bench, name) for name in TransformerShape.__dataclass_fields__})
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
-        replicas = fsdp.replicate if fsdp.enabled == "on" else 1
-        mesh = build_mesh(degrees, "cpu", fsdp_replicas=replicas)  # outside the fake mode: it computes with real ranks
+        # outside the fake mode: it computes with real ranks
+        mesh = build_mesh(degrees, "cpu", fsdp_replicas=replicas_of(fsdp))
         with FakeTensorMode(allow_non_fake_inputs=True):
             dtype = getattr(torch, str(config.runtime.dtype))
             model = random_transformer(
@@ -76,14 +76,9 @@ def _fake_world(config: Config, world: int, degrees: dict[str, int]) -> Iterator
                 attention=config.runtime.attention,
                 sharding=sharding_of(fsdp, mesh),
             )
-            yield mesh, model, sum(_local_bytes(parameter) for parameter in model.parameters())
+            yield mesh, model, kept_bytes(model)
     finally:
         dist.destroy_process_group()
-
-
-def _local_bytes(parameter: torch.Tensor) -> int:
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    return local.numel() * local.element_size()
 
 
 def _measure(config: Config, mesh: Mesh, model: Any, video: str) -> dict[str, Any]:

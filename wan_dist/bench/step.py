@@ -20,7 +20,7 @@ from wan_dist.config.schema import BenchConfig, Config
 from wan_dist.distributed.collectives import barrier, gather_objects
 from wan_dist.distributed.mesh import AXES, Axis, build_mesh
 from wan_dist.distributed.process_group import process_group
-from wan_dist.loading.weights import sharding_of
+from wan_dist.loading.weights import replicas_of, sharding_of
 from wan_dist.models.text_encoder import MAX_TEXT_TOKENS
 from wan_dist.output.record import source_commit
 from wan_dist.sampling.denoise import guided_prediction, initial_noise
@@ -52,7 +52,7 @@ def bench_step(config: Config, env: RankEnv, device: torch.device) -> None:
     dtype = getattr(torch, str(config.runtime.dtype))
     degrees = {axis: getattr(config.parallelism, axis) for axis in AXES}
     shape = _shape(config.bench)
-    replicas = config.parallelism.fsdp.replicate if config.parallelism.fsdp.enabled == "on" else 1
+    replicas = replicas_of(config.parallelism.fsdp)
     alone = build_mesh(dict.fromkeys(AXES, 1), device.type)
     with process_group(env, degrees, device, config.runtime.timeout_s, fsdp_replicas=replicas) as mesh:
         make = partial(

@@ -72,6 +72,12 @@ def is_fsdp_managed_module(module: torch.nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) or vars(part).get("_apply") is _refuse_to_move for part in module.modules())
 
 
+def kept_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the parameters that this rank holds: of its shards, where FSDP divides them."""
+    parameters = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
 def reshard(model: torch.nn.Module) -> None:
     """Free what was gathered of a model that is not going to run next."""
     for module in model.modules():

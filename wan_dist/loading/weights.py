@@ -128,6 +128,11 @@ class Sharding:
     reshard_after_forward: bool = True
 
 
+def replicas_of(fsdp: FsdpConfig) -> int:
+    """Into how many replicas the config wants the FSDP axis divided; where FSDP is off, it is not."""
+    return fsdp.replicate if fsdp.enabled == "on" else 1
+
+
 def sharding_of(fsdp: FsdpConfig, mesh: Mesh) -> Sharding | None:
     """How the config wants transformers divided; None where FSDP is off or has one rank to divide over."""
     if fsdp.enabled != "on" or mesh.fsdp is None:
