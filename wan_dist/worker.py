@@ -67,14 +67,16 @@ def _run_task(config: Config, env: RankEnv, state: dict[str, Any]) -> None:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    from wan_dist import bench, pipeline
+    from wan_dist import bench
     from wan_dist.output.record import RankReport
+    from wan_dist.pipeline.decode import decode
+    from wan_dist.pipeline.generate import generate
 
     state["report"] = report = RankReport(env, device)
     if config.task == "bench":
         bench.run(config, env, device)
         return
-    outputs = pipeline.generate(config, env, device, report)
+    outputs = (decode if config.task == "decode" else generate)(config, env, device, report)
     paths = [outputs[kind] for kind in sorted(outputs, key=lambda kind: kind == "mp4")]  # the video's path last
     _try(lambda: print("\n".join(paths), flush=True) if paths else None)
     logger.info("done: %s", outputs)

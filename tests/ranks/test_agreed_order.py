@@ -4,9 +4,9 @@ import pytest
 
 from support.ranks import frozen, run_cases, run_generation, run_ranks
 from support.sharded import mesh_of
-from wan_dist import pipeline
 from wan_dist.loading import components
 from wan_dist.loading.order import ComponentLoadSpec, agreed_order
+from wan_dist.pipeline import experts, text
 
 NAMES = ["transformer", "transformer_2", "text_encoder", "vae"]
 
@@ -28,7 +28,7 @@ def test_it_is_that_of_rank_0(liar):
 
 def read_in_order(env, config, liar: int) -> list[str]:
     """The components that a rank read, in order, where one rank takes the first expert for the larger one."""
-    served_bytes, fill, read = components.served_bytes, pipeline.fill, []
+    served_bytes, fill, read = components.served_bytes, experts.fill, []
 
     def twice_for_the_first(folder, **how):
         return served_bytes(folder, **how) * (2 if folder.name == "transformer" else 1)
@@ -38,7 +38,8 @@ def read_in_order(env, config, liar: int) -> list[str]:
         return fill(weights, **how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "fill", noted_fill)
+        patch.setattr(experts, "fill", noted_fill)
+        patch.setattr(text, "fill", noted_fill)
         if env.rank == liar:
             patch.setattr(components, "served_bytes", twice_for_the_first)
         run_generation(env, config)

@@ -7,9 +7,10 @@ from torch.distributed.tensor import DTensor
 
 from support.ranks import frozen, run_cases, run_generation, run_ranks
 from support.sharded import load, match, mesh_of, save_transformer
-from wan_dist import pipeline
 from wan_dist.distributed.fsdp import is_fsdp_managed_module
 from wan_dist.layers.weight_loader import weight_loader
+from wan_dist.pipeline import experts as loading
+from wan_dist.pipeline import generate as screen
 
 MOVES = {
     "to dtype": lambda module: module.to(torch.bfloat16),
@@ -77,7 +78,7 @@ def held_after_each_step(env, config) -> list[tuple[str, dict[str, bool], dict[s
     """`(the expert that ran, {expert: whether any of its parameters is gathered}, {expert: whether it remembers a
     prompt's keys})`, after every step."""
     models, seen = {}, []
-    fill, denoise = pipeline.fill, pipeline.denoise
+    fill, denoise = loading.fill, screen.denoise
 
     def remembering_fill(weights, **how):
         models[how["component"]] = fill(weights, **how)
@@ -99,8 +100,8 @@ def held_after_each_step(env, config) -> list[tuple[str, dict[str, bool], dict[s
         return denoise(latents, schedule, scheduler, predict, axis, watch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "fill", remembering_fill)
-        patch.setattr(pipeline, "denoise", watched_denoise)
+        patch.setattr(loading, "fill", remembering_fill)
+        patch.setattr(screen, "denoise", watched_denoise)
         run_generation(env, config)
     return seen
 

@@ -78,7 +78,9 @@ def preadv_that_fails(component: str, ends: bool):
 def generate_with_one_bad_disk(env, config, bad: int, component: str, ends: bool) -> tuple[type, str, float]:
     """What `generate` raises where reading `component` fails on one rank alone, and after how many seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wan_dist.pipeline.free_bytes", lambda _device: 1 if component == "text_encoder" else 1 << 40)
+        patch.setattr(
+            "wan_dist.pipeline.text.free_bytes", lambda _device: 1 if component == "text_encoder" else 1 << 40
+        )
         if env.rank == bad:
             patch.setattr(os, "preadv", preadv_that_fails(component, ends))
         start = time.monotonic()

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from support.ranks import frozen, run_cases, run_generation, run_ranks
-from wan_dist import pipeline
+from wan_dist.pipeline import generate as screen
+from wan_dist.pipeline import text
 
 FSDP = {"parallelism.fsdp.enabled": "on"}
 BF16 = {"runtime.dtype": "bfloat16"}
@@ -29,7 +30,7 @@ CASES = [
 def generate_with_little_room(env, config, poor: int | None) -> dict[str, str]:
     """A generation where rank `poor` finds no room at all and the others find plenty."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wan_dist.pipeline.free_bytes", lambda _device: 1 if env.rank == poor else 1 << 40)
+        patch.setattr("wan_dist.pipeline.text.free_bytes", lambda _device: 1 if env.rank == poor else 1 << 40)
         return run_generation(env, config)
 
 
@@ -82,7 +83,7 @@ def test_without_fsdp_it_is_not_sharded(tmp_path, tiny):
 def encoder_after_encoding(env, config) -> tuple[bool, bool]:
     """Whether any of the encoder is still gathered when it has run, and whether it is there when the experts load."""
     encoders, seen = [], []
-    encode_prompts, load_experts = pipeline.encode_prompts, pipeline._load_experts
+    encode_prompts, load_experts = text.encode_prompts, screen.load_experts
 
     def watched_encode(encoder, *rest):
         encoded = encode_prompts(encoder, *rest)
@@ -95,9 +96,9 @@ def encoder_after_encoding(env, config) -> tuple[bool, bool]:
         return load_experts(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "free_bytes", lambda _device: 1)
-        patch.setattr(pipeline, "encode_prompts", watched_encode)
-        patch.setattr(pipeline, "_load_experts", watched_load)
+        patch.setattr(text, "free_bytes", lambda _device: 1)
+        patch.setattr(text, "encode_prompts", watched_encode)
+        patch.setattr(screen, "load_experts", watched_load)
         gc.disable()
         run_generation(env, config)
     return tuple(seen)

@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from wan_dist import pipeline
 from wan_dist.agent.prepare import Invocation, check, freeze_run
 from wan_dist.config import freeze
 from wan_dist.config.schema import Config
 from wan_dist.distributed import process_group
 from wan_dist.output import record
 from wan_dist.output.memory import PeakHostMemory
+from wan_dist.pipeline.decode import decode
+from wan_dist.pipeline.generate import generate as generate_video
 from wan_dist.topology import RankEnv
 
 TIMEOUT_S = 240  # for all cases of a start; what hangs ends by the process group's own, which is shorter
@@ -121,7 +122,7 @@ def run_generation(env: RankEnv, config: Config) -> dict[str, str]:
     device = torch.device("cpu")
     with unittest.mock.patch.object(record, "PeakHostMemory", _one_sampler):  # a real rank has one for its one run
         report = record.RankReport(env, device)
-    return pipeline.generate(config, env, device, report)
+    return (decode if config.task == "decode" else generate_video)(config, env, device, report)
 
 
 @functools.cache

@@ -31,15 +31,15 @@ def counted():
 def test_the_same_tensor_is_computed_once(counted):
     double, calls = counted
     memory, x = Remembered(), torch.ones(3)
-    assert memory(x, double) is memory(x, double)
+    assert memory(double, x) is memory(double, x)
     assert len(calls) == 1
 
 
 def test_an_equal_tensor_is_another_one(counted):
     double, calls = counted
     memory, x = Remembered(), torch.ones(3)
-    assert memory(x, double) is not memory(x.clone(), double)
-    assert memory(x, double) is not memory(x.view(3), double)
+    assert memory(double, x) is not memory(double, x.clone())
+    assert memory(double, x) is not memory(double, x.view(3))
     assert len(calls) == 3
 
 
@@ -48,16 +48,16 @@ def test_several_are_remembered_at_once(counted):
     memory, tensors = Remembered(), [torch.full((2,), float(n)) for n in range(3)]
     for _ in range(2):
         for n, tensor in enumerate(tensors):
-            assert memory(tensor, double).tolist() == [2.0 * n] * 2
+            assert memory(double, tensor).tolist() == [2.0 * n] * 2
     assert len(calls) == 3
 
 
 def test_a_change_in_place_is_seen(counted):
     double, calls = counted
     memory, x = Remembered(), torch.ones(3)
-    memory(x, double)
+    memory(double, x)
     x.add_(1)
-    assert memory(x, double).tolist() == [4.0] * 3
+    assert memory(double, x).tolist() == [4.0] * 3
     assert len(calls) == 2
 
 
@@ -66,12 +66,12 @@ def test_clear_forgets_and_frees(counted):
 
     double, calls = counted
     memory, x = Remembered(), torch.ones(3)
-    kept = weakref.ref(memory(x, double))
+    kept = weakref.ref(memory(double, x))
     calls.clear()
     assert kept() is not None
     memory.clear()
     assert kept() is None
-    memory(x, double)
+    memory(double, x)
     assert len(calls) == 1
 
 
@@ -79,4 +79,4 @@ def test_a_dropped_argument_cannot_be_mistaken_for_a_new_tensor(counted):
     double, _ = counted
     memory = Remembered()
     for n in range(50):
-        assert memory(torch.full((4,), float(n)), double).tolist() == [2.0 * n] * 4
+        assert memory(double, torch.full((4,), float(n))).tolist() == [2.0 * n] * 4

@@ -10,12 +10,14 @@ from wan_dist.config import freeze
 from wan_dist.config.normalise import normalise_switches
 from wan_dist.config.schema import Config
 from wan_dist.loading.checkpoint import Checkpoint, open_checkpoint, weight_problems
+from wan_dist.loading.latents import latents_shape
 from wan_dist.loading.source import Source
 from wan_dist.loading.tensor_files import CheckpointError
 from wan_dist.output.names import output_paths
 from wan_dist.planning import refusals as rules
 from wan_dist.planning.defaults import resolve, resolve_bench
 from wan_dist.planning.degrees import AXES, choose_degrees, given_degrees, wanted_ranks
+from wan_dist.planning.image_input import image_refusals
 from wan_dist.planning.refusal import Refusal, RefusedError
 from wan_dist.planning.video_shape import ModelShape
 from wan_dist.sampling.schedule import Step, is_guided
@@ -67,7 +69,7 @@ def check(config: Config, invocation: Invocation) -> Checked:
     """Resolve and check; nothing is written, no weight is read. Raises RefusedError with every reason."""
     config = deepcopy(config)
     normalise_switches(config)
-    found = rules.value_refusals(config) + rules.request_refusals(config)
+    found = rules.value_refusals(config) + rules.request_refusals(config) + _image_file_refusals(config)
     config.output.dir = str(
         Path(config.output.dir if config.output.dir is not None else invocation.default_dir).absolute()
     )
@@ -107,8 +109,9 @@ def freeze_run(checked: Checked, *, node: int = 0) -> Path:
     config = deepcopy(checked.config)
     if checked.source is not None:
         try:
-            folder = checked.source.complete()
-            problems = weight_problems(open_checkpoint(folder))
+            components = _components(config)
+            folder = checked.source.complete(components)
+            problems = weight_problems(open_checkpoint(folder), components)
         except (CheckpointError, OSError) as error:
             problems = [str(error)]
         if problems:
@@ -143,7 +146,8 @@ def _open(config: Config, invocation: Invocation) -> tuple[Source, Checkpoint | 
     try:
         checkpoint = open_checkpoint(source.configs())
         here = Path(source.name).is_dir() and not source.name.startswith("built:")
-        found = [_model_refusal(source.name, p) for p in weight_problems(checkpoint)] if here else []
+        problems = weight_problems(checkpoint, _components(config)) if here else []
+        found = [_model_refusal(source.name, problem) for problem in problems]
         found += rules.checkpoint_refusals(checkpoint, "model.path", source.name)
         for expert in checkpoint.experts:
             ModelShape.from_configs(checkpoint.configs[expert], checkpoint.configs["vae"])
@@ -160,9 +164,14 @@ def _model_refusal(name: str, problem: str) -> Refusal:
 def _request_against_checkpoint(
     given: Config, resolved: Config, checkpoint: Checkpoint
 ) -> tuple[list[Refusal], list[int], bool]:
-    """Refusals of the video and the sampler, the experts' numbers of heads, and whether any step is guided."""
+    """Refusals of the video, the images and the sampler, the experts' numbers of heads, and whether any step is
+    guided. Where latents are only decoded, heads and guidance decide nothing."""
     shape = ModelShape.from_configs(checkpoint.transformer_config, checkpoint.configs["vae"])
+    if given.task == "decode":
+        return _take_over_latents(given, resolved, shape), [], True
     found = rules.video_refusals(resolved.video, shape)
+    if given.task == "generate":
+        found += image_refusals(resolved, checkpoint)
     found += rules.sampler_refusals(given, resolved.sampler, checkpoint)
     heads = sorted(
         {ModelShape.from_configs(checkpoint.configs[e], checkpoint.configs["vae"]).heads for e in checkpoint.experts}
@@ -176,6 +185,28 @@ def _request_against_checkpoint(
         why = f"steps fall to {expert}, which this checkpoint lacks"
         found.append(Refusal("sampler.boundary_ratio", sampler.boundary_ratio, why, f"it has {checkpoint.experts}"))
     return found, heads, any(step.guided for step in steps)
+
+
+def _take_over_latents(given: Config, resolved: Config, shape: ModelShape) -> list[Refusal]:
+    """Set the video's size to that of the latents to decode, in place; returns what does not fit them."""
+    if given.latents is None:
+        return []  # which is said elsewhere
+    resolved.latents = str(Path(given.latents).absolute())
+    remedy = "give a file that output.formats=[latents] or output.keep_latents wrote"
+    try:
+        latents = latents_shape(Path(resolved.latents))
+    except CheckpointError as error:
+        return [Refusal("latents", given.latents, str(error).removeprefix(f"{resolved.latents}: "), remedy)]
+    if latents[1] != shape.channels:
+        why = f"they have {latents[1]} channels, this model's VAE {shape.channels}"
+        return [Refusal("latents", given.latents, why, "name the model that they were made with")]
+    found = []
+    for name, theirs in zip(("num_frames", "height", "width"), shape.video_of(latents), strict=True):
+        asked = getattr(given.video, name)
+        if asked not in (None, theirs):
+            found.append(Refusal(f"video.{name}", asked, f"the latents are those of {theirs}", "leave it out"))
+        setattr(resolved.video, name, theirs)
+    return found
 
 
 def _steps_if_they_matter(config: Config, checkpoint: Checkpoint) -> list[Step] | None:
@@ -223,8 +254,36 @@ def _place(config: Config, invocation: Invocation, heads: list[int], guided: boo
         config, device=runtime.device, gpus=gpus, local_ranks=local_ranks, cores=usable_cores()
     )
     runtime.ranks = ranks
+    if parallelism.vae == "auto":
+        parallelism.vae = "on" if ranks > 1 else "off"
     for axis in AXES:
         setattr(parallelism, axis, degrees[axis])
+    return found
+
+
+def _components(config: Config) -> tuple[str, ...] | None:
+    """The components whose weights a task reads; None is all."""
+    return ("vae",) if config.task == "decode" else None
+
+
+def _image_file_refusals(config: Config) -> list[Refusal]:
+    """Read the pictures of a generation, so that none can fail later; their paths are made absolute, in place."""
+    if config.task != "generate" or (config.image is None and config.last_image is None):
+        return []
+    from wan_dist.loading.images import ImageError, read_image
+
+    found = []
+    for key in ("image", "last_image"):
+        given = getattr(config, key)
+        if given is None:
+            continue
+        try:
+            if "://" in given:
+                raise ImageError("is an address, not a file; download it first")
+            setattr(config, key, str(Path(given).absolute()))
+            read_image(Path(given))
+        except ImageError as error:
+            found.append(Refusal(key, given, str(error), "name a picture that Pillow reads, such as PNG or JPEG"))
     return found
 
 

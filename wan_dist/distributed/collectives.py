@@ -103,26 +103,34 @@ def all_reduce(axis: Axis, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def pass_on(axis: Axis, send: torch.Tensor, receive: torch.Tensor) -> Callable[[], None]:
-    """Start sending `send` to the next rank of the axis and receiving `receive` from the one before; both contiguous,
-    either may be empty. Returns the function that waits for both; until then neither may be touched."""
-    assert send.is_contiguous() and receive.is_contiguous(), "a collective sends memory, not a view"
-    after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
-    operations = []
-    if send.numel():
-        operations.append(dist.P2POp(dist.isend, send, group=axis.group, group_peer=after))
-    if receive.numel():
-        operations.append(dist.P2POp(dist.irecv, receive, group=axis.group, group_peer=before))
+def exchange(axis: Axis, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]) -> Callable[[], None]:
+    """Start sending each of `sends` to the rank of the axis that is its key, and receiving each of `receives` from its;
+    all contiguous, empty ones are left out on both ends. Returns the function that waits for all; until then none may
+    be touched. Ranks that neither send nor receive take no part (NCCL wants one collective of all ranks before)."""
+    everything = (*sends.values(), *receives.values())
+    assert all(tensor.is_contiguous() for tensor in everything), "a collective sends memory, not a view"
+    operations = [
+        dist.P2POp(operation, tensor, group=axis.group, group_peer=peer)
+        for operation, tensors in ((dist.isend, sends), (dist.irecv, receives))
+        for peer, tensor in tensors.items()
+        if tensor.numel()
+    ]
     works: list[Any] = []
     if operations:
-        _run(axis, "pass_on", lambda: works.extend(dist.batch_isend_irecv(operations)))
-    axis.traffic["p2p"] += send.numel() * send.element_size()
+        _run(axis, "exchange", lambda: works.extend(dist.batch_isend_irecv(operations)))
+    axis.traffic["p2p"] += sum(tensor.numel() * tensor.element_size() for tensor in sends.values())
 
     def wait() -> None:
         for work in works:
-            _run(axis, "pass_on", work.wait)
+            _run(axis, "exchange", work.wait)
 
     return wait
+
+
+def pass_on(axis: Axis, send: torch.Tensor, receive: torch.Tensor) -> Callable[[], None]:
+    """Start sending `send` to the next rank of the axis and receiving `receive` from the one before: see `exchange`."""
+    after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+    return exchange(axis, {after: send}, {before: receive})
 
 
 def broadcast(axis: Axis, tensor: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,16 @@ class Checkpoint:
     @property
     def boundary_ratio(self) -> float | None:
         return self.index.get("boundary_ratio")
+
+    @property
+    def expand_timesteps(self) -> bool:
+        """Whether tokens have timesteps of their own, so that a first frame can be given (Wan2.2 TI2V)."""
+        return bool(self.index.get("expand_timesteps"))
+
+    @property
+    def has_image_tokens(self) -> bool:
+        """Whether a transformer attends to what an image encoder says of the images (Wan2.1 image-to-video)."""
+        return any(self.configs[name].get("image_dim") is not None for name in self.experts)
 
     @property
     def transformer_config(self) -> dict[str, Any]:
@@ -57,13 +68,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}/model_index.json: boundary_ratio is {boundary!r}, not a number")
     if not (path / "tokenizer").is_dir():
         raise CheckpointError(f"{path / 'tokenizer'}: no such folder")
-    return Checkpoint(path, index, configs, _read_json(path / "scheduler" / "scheduler_config.json"))
+    checkpoint = Checkpoint(path, index, configs, _read_json(path / "scheduler" / "scheduler_config.json"))
+    if checkpoint.has_image_tokens:
+        if "image_encoder" not in configs:
+            raise CheckpointError(f"{path}/model_index.json: names no image_encoder, which its transformer wants")
+        _read_json(path / "image_processor" / "preprocessor_config.json")
+    return checkpoint
 
 
-def weight_problems(checkpoint: Checkpoint) -> list[str]:
-    """Components without weights that can be loaded, each with the reason; shards and headers are not opened."""
+def weight_problems(checkpoint: Checkpoint, components: Collection[str] | None = None) -> list[str]:
+    """Components without weights that can be loaded, each with the reason; shards and headers are not opened.
+
+    components: those that matter; None is all that the checkpoint names.
+    """
     problems = []
-    for name in checkpoint.configs:
+    for name in checkpoint.configs if components is None else components:
         try:
             weight_files(checkpoint.path / name)
         except CheckpointError as error:
@@ -77,7 +96,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     other architecture, dtype, sharding or size of weights changes it (the weights' own bytes are not read)."""
     digest = hashlib.sha256()
     path = checkpoint.path
-    folders = [path / name for name in sorted({*checkpoint.configs, "scheduler", "tokenizer"})]
+    folders = [path / name for name in sorted({*checkpoint.configs, "scheduler", "tokenizer", "image_processor"})]
     for file in [path / "model_index.json", *(file for folder in folders for file in sorted(folder.glob("*.json")))]:
         digest.update(str(file.relative_to(path)).encode() + b"\0" + file.read_bytes())
     for file in [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]:

@@ -14,6 +14,7 @@ from wan_dist.loading.checkpoint import Checkpoint
 from wan_dist.loading.order import ComponentLoadSpec, agreed_order, device_bytes
 from wan_dist.loading.sizes import served_bytes
 from wan_dist.loading.weights import MatchedWeights, from_files, match_weights, on_every_rank, serve_in
+from wan_dist.models.image_encoder import WEIGHTS_PREFIX, meta_image_encoder
 from wan_dist.models.text_encoder import meta_text_encoder
 from wan_dist.models.wan_transformer import meta_transformer, parallelize_wan_transformer
 from wan_dist.models.wan_vae import meta_vae
@@ -42,14 +43,24 @@ def match_text_encoder(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Matched
     return _match(from_files(folder, partial(meta_text_encoder, folder, class_name)), folder, dtype)
 
 
+def match_image_encoder(checkpoint: Checkpoint) -> MatchedWeights:
+    """Served in fp32, as in diffusers' own examples: it sees one picture or two, and is gone again."""
+    folder, class_name = checkpoint.path / "image_encoder", checkpoint.index["image_encoder"][1]
+    model = from_files(folder, partial(meta_image_encoder, folder, class_name))
+    prefix = "" if any(name.startswith(WEIGHTS_PREFIX) for name, _ in model.named_parameters()) else WEIGHTS_PREFIX
+    return _match(model, folder, torch.float32, prefix=prefix)
+
+
 def match_vae(checkpoint: Checkpoint, *, dtype: torch.dtype) -> MatchedWeights:
     folder = checkpoint.path / "vae"
     return _match(from_files(folder, partial(meta_vae, checkpoint.configs["vae"])), folder, dtype)
 
 
-def _match(model: Any, folder: Path, dtype: torch.dtype, keep_fp32: Iterable[str] = ()) -> MatchedWeights:
+def _match(
+    model: Any, folder: Path, dtype: torch.dtype, keep_fp32: Iterable[str] = (), *, prefix: str = ""
+) -> MatchedWeights:
     serve_in(model, dtype, keep_fp32)
-    return match_weights(model, folder, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    return match_weights(model, folder, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or (), prefix=prefix)
 
 
 def transformers_in_order(

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 _HUB_TIMEOUT_S = 3.0
 _CONFIG_FILES = ["*.json", "tokenizer/*"]
-_WEIGHT_FILES = ["*/*.safetensors", "*/*.safetensors.index.json"]
+_WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]  # of a component's folder
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,16 @@ class Source:
             return _ASSETS / rest
         return self._folder_or_hub(_CONFIG_FILES)
 
-    def complete(self) -> Path:
-        """A folder with the weights too; from the hub, fetched once per node into its cache."""
+    def complete(self, components: Collection[str] | None = None) -> Path:
+        """A folder with the weights too (of `components`, or of all); from the hub, fetched once per node into its
+        cache."""
         kind, _, rest = self.name.partition(":")
         if kind == "built" and (_ASSETS / rest).is_dir():
             return _built(rest)
         if kind == "asset" and (_ASSETS / rest).is_dir():
             return _ASSETS / rest
-        return self._folder_or_hub(_CONFIG_FILES + _WEIGHT_FILES)
+        weights = [f"{name}/{file}" for name in components or ["*"] for file in _WEIGHT_FILES]
+        return self._folder_or_hub(_CONFIG_FILES + weights)
 
     def _folder_or_hub(self, patterns: list[str]) -> Path:
         path = Path(self.name)

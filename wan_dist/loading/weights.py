@@ -82,14 +82,17 @@ class MatchedWeights:
     places: list[Place]
 
 
-def match_weights(module: torch.nn.Module, folder: Path, ignore_unexpected: Iterable[str] = ()) -> MatchedWeights:
+def match_weights(
+    module: torch.nn.Module, folder: Path, ignore_unexpected: Iterable[str] = (), *, prefix: str = ""
+) -> MatchedWeights:
     """Find every parameter and persistent buffer of `module` in the safetensors files of `folder`.
 
     The module's weight loaders are captured here, before anything wraps it.
-    ignore_unexpected: patterns of names that the model class itself says may be left over.
+    ignore_unexpected: patterns of names that the model class itself says may be left over. prefix: of names in the
+    files that the module's names lack.
     Raises CheckpointError naming the first tensor that is missing, unknown or of another shape, and its file.
     """
-    entries = read_component(folder)
+    entries = {name.removeprefix(prefix): entry for name, entry in read_component(folder).items()}
     loaders = capture_weight_loaders(module)
     names_of: dict[int, list[str]] = defaultdict(list)
     shape_of: dict[int, tuple[int, ...]] = {}
@@ -105,7 +108,7 @@ def match_weights(module: torch.nn.Module, folder: Path, ignore_unexpected: Iter
             raise CheckpointError(
                 f"{folder} ({files}): tensor {names[0]!r} is missing; {type(module).__name__} needs it"
             )
-        used.update(entry.name for entry in found)
+        used.update(entry.name.removeprefix(prefix) for entry in found)
         for entry in found:
             if entry.shape != shape_of[key]:
                 raise CheckpointError(

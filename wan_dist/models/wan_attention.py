@@ -6,6 +6,7 @@ norms around them are parallel ones.
 Shape legend as in `wan_dist.layers.attention`; d is the model's width (H * D).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -68,12 +69,12 @@ class SequenceParallelSelfAttention:
 
 
 class RememberingCrossAttention:
-    """Processor for `attn2`: local, since text and image are whole on every rank; keys and values of a prompt are
-    computed once and kept for all steps."""
+    """Processor for `attn2`: local, since text and image are whole on every rank; keys and values of a prompt (and its
+    image) are computed once and kept for all steps."""
 
     def __init__(self, kernel: AttentionKernel) -> None:
         self.attend = kernel.whole
-        self.text_kv: Remembered[tuple[torch.Tensor, torch.Tensor]] = Remembered()
+        self.text_kv: Remembered[list[tuple[torch.Tensor, torch.Tensor]]] = Remembered()
 
     def __call__(
         self,
@@ -90,16 +91,23 @@ class RememberingCrossAttention:
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads)
         q = pad_rows(q, query_rows(rows, q.device))
 
-        def text_kv(text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return attn.norm_k(attn.to_k(text)).unflatten(2, heads), attn.to_v(text).unflatten(2, heads)
-
-        if attn.add_k_proj is None:
-            out = self.attend(q, *self.text_kv(encoder_hidden_states, text_kv))
-        else:
-            # The model joins image and text anew in every forward: there is no tensor to remember them by, and it is
-            # by the text's fixed length that they are told apart.
-            image, text = encoder_hidden_states.tensor_split([-MAX_TEXT_TOKENS], dim=1)
-            image_k = attn.norm_added_k(attn.add_k_proj(image)).unflatten(2, heads)
-            image_v = attn.add_v_proj(image).unflatten(2, heads)
-            out = self.attend(q, *text_kv(text)) + self.attend(q, image_k, image_v)
+        pairs = self.text_kv(partial(_keys_and_values, attn, heads), encoder_hidden_states)
+        out = self.attend(q, *pairs[0])
+        for key, value in pairs[1:]:
+            out = out + self.attend(q, key, value)
         return attn.to_out[0](out[:, :rows].flatten(2, 3))
+
+
+def _keys_and_values(
+    attn: Any, heads: tuple[int, int], conditions: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of the text and, where the model has a branch for it, of the image before it: the two are told
+    apart by the text's fixed length, as in diffusers."""
+    text, image = conditions, None
+    if attn.add_k_proj is not None:
+        image, text = conditions.tensor_split([-MAX_TEXT_TOKENS], dim=1)
+    pairs = [(attn.norm_k(attn.to_k(text)).unflatten(2, heads), attn.to_v(text).unflatten(2, heads))]
+    if image is not None:
+        key = attn.norm_added_k(attn.add_k_proj(image)).unflatten(2, heads)
+        pairs.append((key, attn.add_v_proj(image).unflatten(2, heads)))
+    return pairs

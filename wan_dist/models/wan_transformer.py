@@ -4,9 +4,14 @@ The model's own forward runs unchanged. Its rope hands out this rank's rows of t
 block keeps this rank's tokens, the attention processors exchange what attention needs, linears and norms compute this
 rank's heads and features, and a hook after `proj_out` gathers the result (64 channels, where hidden states would be
 thousands).
+
+Where the first latent frame is an image (`expand_timesteps`, Wan2.2 TI2V), the model is called with the two timesteps
+there are, `[B, 2]`: that of the first latent frame and that of all others. Both are embedded once, in fp32, and handed
+to this rank's tokens; diffusers embeds one per token.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
 
@@ -14,7 +19,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.activations import GELU
 from diffusers.models.embeddings import PixArtAlphaTextProjection
-from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from diffusers.models.transformers.transformer_wan import WanImageEmbedding, WanRotaryPosEmbed
 
 from wan_dist.distributed.collectives import gather_dim
 from wan_dist.distributed.mesh import Axis, Mesh
@@ -46,11 +51,11 @@ def parallelize_wan_transformer(
     """
     _split_features(model, mesh["tp"])
     _split_rope(model, mesh["sp"])
-    _split_sequence(model, mesh["sp"], mesh["tp"])
+    tokens = _split_sequence(model, mesh["sp"], mesh["tp"])
     _activate_in_place(model)
     keep_fp32_parameters(model)
-    remembered = _set_attention(model, mesh, kernel)
-    remembered.append(_remember_text_projection(model))
+    remembered = [*_set_attention(model, mesh, kernel), *_remember_projections(model)]
+    remembered.append(_complete_conditions(model, tokens))
 
     def forget_text() -> None:
         for memory in remembered:
@@ -110,21 +115,64 @@ def _split_rope(model: WanTransformer3DModel, axis: Axis) -> None:
     model.rope.axis, model.rope.last = axis, None
 
 
-def _split_sequence(model: WanTransformer3DModel, axis: Axis, tp: Axis) -> None:
-    lengths: list[int] = []  # tokens of each rank in the forward that is running
+@dataclass
+class _Tokens:
+    """Of the forward that is running: tokens of each rank of the sequence axis, tokens of one latent frame, and the
+    rows that this rank computes with (padding behind its tokens included)."""
+
+    axis: Axis
+    lengths: list[int] = field(default_factory=list)
+    per_frame: int = 0
+    rows: int = 0
+
+
+def _split_sequence(model: WanTransformer3DModel, axis: Axis, tp: Axis) -> _Tokens:
+    tokens = _Tokens(axis)
     # A divisor of every rank's share of the features: all of tp must pad to the same rows, and fill whole vectors.
     ffn_width = gcd(*split_sizes(model.config.ffn_dim, tp.size))
 
+    def count_tokens(_conv: torch.nn.Module, _args: Any, patches_BdTHW: torch.Tensor) -> None:
+        frames, *frame = patches_BdTHW.shape[2:]
+        tokens.per_frame = frame[0] * frame[1]
+        tokens.lengths = split_sizes(frames * tokens.per_frame, axis.size)
+        tokens.rows = rows_for(tokens.lengths[axis.rank], ffn_width, patches_BdTHW.device)
+
     def keep_my_tokens(_block: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        lengths[:] = split_sizes(args[0].shape[1], axis.size)
-        mine = args[0].split(lengths, dim=1)[axis.rank]
-        return (pad_rows(mine, rows_for(mine.shape[1], ffn_width, mine.device)), *args[1:])
+        mine = args[0].split(tokens.lengths, dim=1)[axis.rank]
+        return (pad_rows(mine, tokens.rows), *args[1:])
 
     def gather_tokens(_proj: torch.nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        return gather_dim(axis, output[:, : lengths[axis.rank]], 1, lengths)
+        return gather_dim(axis, output[:, : tokens.lengths[axis.rank]], 1, tokens.lengths)
 
+    model.patch_embedding.register_forward_hook(count_tokens)
     model.blocks[0].register_forward_pre_hook(keep_my_tokens)
     model.proj_out.register_forward_hook(gather_tokens)
+    return tokens
+
+
+def _complete_conditions(model: WanTransformer3DModel, tokens: _Tokens) -> Remembered[torch.Tensor]:
+    """Hand the embedder's two timesteps to this rank's tokens, and join image and text here instead of in the model:
+    joined once per prompt, they are a tensor that `attn2` can remember keys and values by."""
+    joined: Remembered[torch.Tensor] = Remembered()
+
+    def per_token(of_frames: torch.Tensor) -> torch.Tensor:
+        """`[B, 2, n]` of the first frame and of the others -> `[B, rows, n]`."""
+        assert of_frames.shape[1] == 2, "one timestep for the first latent frame, one for the others"
+        begin, end = split_range(sum(tokens.lengths), tokens.axis.size, tokens.axis.rank)
+        first = max(min(end, tokens.per_frame) - begin, 0)
+        of_first, of_others = of_frames.split(1, dim=1)
+        return torch.cat([of_first.expand(-1, first, -1), of_others.expand(-1, tokens.rows - first, -1)], dim=1)
+
+    def complete(_embedder: torch.nn.Module, _args: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
+        timestep, modulation, text, image = output
+        if timestep.ndim == 3:
+            timestep, modulation = per_token(timestep), per_token(modulation)
+        if image is not None:
+            text, image = joined(lambda *both: torch.cat(both, dim=1), image, text), None
+        return timestep, modulation, text, image
+
+    model.condition_embedder.register_forward_hook(complete)
+    return joined
 
 
 class _InPlaceGELU(GELU):
@@ -157,11 +205,25 @@ class _RememberingTextProjection(PixArtAlphaTextProjection):
     remembered: Remembered[torch.Tensor]
 
     def forward(self, caption: torch.Tensor) -> torch.Tensor:
-        return self.remembered(caption, super().forward)
+        return self.remembered(super().forward, caption)
 
 
-def _remember_text_projection(model: WanTransformer3DModel) -> Remembered[torch.Tensor]:
-    projection = model.condition_embedder.text_embedder
-    projection.__class__ = _RememberingTextProjection
-    projection.remembered = Remembered()
-    return projection.remembered
+class _RememberingImageEmbedding(WanImageEmbedding):
+    """The image embedder, computed once per image."""
+
+    remembered: Remembered[torch.Tensor]
+
+    def forward(self, encoder_hidden_states_image: torch.Tensor) -> torch.Tensor:
+        return self.remembered(super().forward, encoder_hidden_states_image)
+
+
+def _remember_projections(model: WanTransformer3DModel) -> list[Remembered[torch.Tensor]]:
+    embedder = model.condition_embedder
+    projections = [embedder.text_embedder]
+    embedder.text_embedder.__class__ = _RememberingTextProjection
+    if embedder.image_embedder is not None:
+        embedder.image_embedder.__class__ = _RememberingImageEmbedding
+        projections.append(embedder.image_embedder)
+    for projection in projections:
+        projection.remembered = Remembered()
+    return [projection.remembered for projection in projections]

@@ -13,9 +13,15 @@ class Progress:
     """Call it after each step. The first and the last step are always shown."""
 
     def __init__(
-        self, total: int, stream: TextIO | None = None, clock: Callable[[], float] = time.perf_counter
+        self,
+        total: int,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        unit: str = "step",
     ) -> None:
         self._total = total
+        self._unit = unit
         self._stream = stream if stream is not None else sys.stderr
         self._clock = clock
         self._done = 0
@@ -24,7 +30,7 @@ class Progress:
         if self._stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit="step", file=self._stream, dynamic_ncols=True)
+            self._bar = tqdm(total=total, unit=self._unit, file=self._stream, dynamic_ncols=True)
 
     def step(self) -> None:
         self._done += 1
@@ -35,7 +41,7 @@ class Progress:
         if self._done in (1, self._total) or now - self._shown_at >= _QUIET_S:
             per_step = (now - self._start) / self._done
             left = per_step * (self._total - self._done)
-            line = f"step {self._done}/{self._total}  {per_step:.2f} s/step  {_clock_time(left)} left"
+            line = f"{self._unit} {self._done}/{self._total}  {per_step:.2f} s/{self._unit}  {_clock_time(left)} left"
             with contextlib.suppress(OSError):  # a reader that has gone away is no reason to stop
                 print(line, file=self._stream, flush=True)
             self._shown_at = now

@@ -40,7 +40,8 @@ class RankReport:
     def timed(self, phase: str) -> Iterator[None]:
         """Add the seconds of a block to `phases[phase]`; the device's work is included."""
         self.phase = phase
-        logger.info("phase %s", phase)
+        if phase not in self.phases:  # decoding and writing take turns
+            logger.info("phase %s", phase)
         start = time.perf_counter()
         yield
         if self._device.type == "cuda":

@@ -19,17 +19,14 @@ from wan_dist.distributed.shard_conditions import CONDITIONS
 from wan_dist.loading.checkpoint import Checkpoint
 from wan_dist.planning.defaults import SOLVERS
 from wan_dist.planning.degrees import choose_degrees
+from wan_dist.planning.image_input import image_input
 from wan_dist.planning.refusal import Refusal
 from wan_dist.planning.video_shape import WAN_2_1, ModelShape, nearest_multiples, parse_video
 
 # Keys of the contract whose other values are not built yet, and the values that are. A value here is never ignored.
 _AVAILABLE: dict[str, tuple[Any, ...]] = {
-    "task": ("generate", "bench"),
-    "image": (None,),
-    "last_image": (None,),
-    "latents": (None,),
+    "task": ("generate", "decode", "bench"),
     "parallelism.dp": (None, 1),
-    "parallelism.vae": ("auto", "off"),
     "offload.mode": ("auto",),
     "offload.transformer": ("auto", "resident"),
     "offload.text_encoder": ("auto", "component"),
@@ -40,7 +37,6 @@ _AVAILABLE: dict[str, tuple[Any, ...]] = {
     "output.checkpoint_every": (0,),
     "output.resume": ("off",),
     "output.preview": (False,),
-    "runtime.vae_channels_last": ("auto", "off"),
     "runtime.stall_timeout_s": (None,),
     "runtime.compile": (False,),
     "runtime.profile": (False,),
@@ -53,6 +49,10 @@ _AVAILABLE: dict[str, tuple[Any, ...]] = {
     "plan.nodes": (None,),
     "plan.device_memory_gb": (None,),
     "plan.host_memory_gb": (None,),
+}
+_ENCODERS = {
+    "text_encoder": ("UMT5EncoderModel", "T5EncoderModel"),
+    "image_encoder": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
 }
 _TRANSFORMER_BLOCK = "blocks.0"  # of the one class of transformer that runs; asking the model itself takes torch
 _RANKS_ON_ANY_CPU, _RANKS_PER_CORE = 64, 8  # to try a mesh on a laptop; each takes half a gigabyte for its libraries
@@ -103,6 +103,10 @@ def request_refusals(config: Config) -> list[Refusal]:
         found.append(_prompts_file_refusal(config.prompts_file))
     elif config.prompt is None and config.task == "generate":
         found.append(Refusal("prompt", None, "task=generate needs a prompt", 'give one: prompt="a cat surfing"'))
+    if config.task == "decode" and config.latents is None:
+        found.append(Refusal("latents", None, "task=decode needs latents", "give the file: latents=FILE"))
+    if config.task != "decode" and config.latents is not None:
+        found.append(Refusal("latents", config.latents, "only task=decode reads latents", "leave it out"))
     for key in ("prompt", "negative_prompt"):
         text = getattr(config, key)
         if text is not None and not _is_unicode(text):
@@ -154,25 +158,30 @@ def checkpoint_refusals(checkpoint: Checkpoint, key: str, name: str) -> list[Ref
     found = []
     pipeline = checkpoint.index.get("_class_name")
     kinds = {component: cfg.get("_class_name") for component, cfg in checkpoint.configs.items()}
-    if pipeline != "WanPipeline":
+    if pipeline not in ("WanPipeline", "WanImageToVideoPipeline"):
         why = f"its pipeline is {pipeline}"
-        found.append(Refusal(key, name, why, "this version runs text-to-video checkpoints (WanPipeline)"))
-    elif checkpoint.index.get("expand_timesteps"):
-        why = "per-token timesteps (Wan2.2 TI2V) are not yet available in this version"
-        found.append(Refusal(key, name, why, "use a Wan2.1 or Wan2.2 A14B text-to-video checkpoint"))
+        found.append(Refusal(key, name, why, "this version runs WanPipeline and WanImageToVideoPipeline"))
     for component in checkpoint.experts:
         if kinds[component] != "WanTransformer3DModel":
             why = f"{component} is a {kinds[component]}"
             found.append(Refusal(key, name, why, "this version runs WanTransformer3DModel"))
     if kinds["vae"] != "AutoencoderKLWan":
         found.append(Refusal(key, name, f"its vae is a {kinds['vae']}", "this version runs AutoencoderKLWan"))
-    encoder = checkpoint.index["text_encoder"][1]
-    if encoder not in ("UMT5EncoderModel", "T5EncoderModel"):
-        why = f"its text encoder is a {encoder}"
-        found.append(Refusal(key, name, why, "this version runs UMT5EncoderModel and T5EncoderModel"))
-    if "image_encoder" in kinds or any(checkpoint.configs[e].get("image_dim") for e in checkpoint.experts):
-        why = "it wants an image, which is not yet available in this version"
-        found.append(Refusal(key, name, why, "use a text-to-video checkpoint"))
+    for component, runs in _ENCODERS.items():
+        encoder = (checkpoint.index.get(component) or [None, None])[1]
+        wanted = component == "text_encoder" or checkpoint.has_image_tokens
+        if wanted and encoder not in runs:
+            why = f"its {component.replace('_', ' ')} is a {encoder}"
+            found.append(Refusal(key, name, why, f"this version runs {' and '.join(runs)}"))
+    try:
+        takes = {
+            image_input(checkpoint.configs[e], checkpoint.configs["vae"], expand_timesteps=checkpoint.expand_timesteps)
+            for e in checkpoint.experts
+        }
+    except ValueError as error:
+        return [*found, Refusal(key, name, str(error), "use a Wan2.1 or Wan2.2 checkpoint")]
+    if len(takes) > 1:
+        found.append(Refusal(key, name, "its two transformers take different images", "use the pair of one model"))
     return found
 
 

@@ -9,7 +9,8 @@ from typing import Any
 class ModelShape:
     """The numbers of a Wan checkpoint that decide which videos and which meshes fit it.
 
-    stride_t, stride_s: VAE compression in time and space; patch: tokens per latent cell, (t, h, w).
+    channels: of the latents; stride_t, stride_s: VAE compression in time and space; patch: tokens per latent cell,
+    (t, h, w).
     """
 
     heads: int
@@ -26,7 +27,7 @@ class ModelShape:
         patch_t, patch_h, patch_w = transformer.get("patch_size", (1, 2, 2))
         shape = cls(
             heads=transformer.get("num_attention_heads", 40),
-            channels=transformer.get("in_channels", 16),
+            channels=vae.get("z_dim", 16),
             patch=(patch_t, patch_h, patch_w),
             stride_t=vae.get("scale_factor_temporal", 4),
             stride_s=vae.get("scale_factor_spatial", 8),
@@ -49,6 +50,11 @@ class ModelShape:
         """`(1, channels, frames, rows, columns)` of the latents of one video."""
         frames = (num_frames - 1) // self.stride_t + 1
         return (1, self.channels, frames, height // self.stride_s, width // self.stride_s)
+
+    def video_of(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """`(num_frames, height, width)` of the video whose latents have that shape."""
+        _, _, frames, rows, columns = latent_shape
+        return (frames - 1) * self.stride_t + 1, rows * self.stride_s, columns * self.stride_s
 
     def tokens(self, num_frames: int, height: int, width: int) -> int:
         """Length of the transformer's sequence."""

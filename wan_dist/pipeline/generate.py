@@ -1,0 +1,137 @@
+"""`task=generate`: one video, from a frozen config to files on disk.
+
+Every rank runs `generate`. The first rank encodes the prompt and the pictures' content (all ranks encode the prompt
+where FSDP shards the encoder); all ranks denoise together; those that have rows of the video encode images and decode
+together, and the first one writes what they send it.
+"""
+
+import gc
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wan_dist.config.schema import Config
+from wan_dist.distributed.collectives import gather_objects
+from wan_dist.loading.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from wan_dist.loading.components import match_image_encoder, match_text_encoder, match_vae
+from wan_dist.loading.weights import MatchedWeights, from_files, on_every_rank
+from wan_dist.log import logger
+from wan_dist.output.names import output_path
+from wan_dist.output.progress import Progress
+from wan_dist.output.record import RankReport, write_record
+from wan_dist.pipeline.experts import load_experts, match_experts
+from wan_dist.pipeline.images import encode_condition
+from wan_dist.pipeline.plan import plan_rows
+from wan_dist.pipeline.run import Run, latent_shape, run_mesh
+from wan_dist.pipeline.text import encode_text, text_encoder_needs_sharding
+from wan_dist.pipeline.video import finish, load_vae, wants_pixels, write_latents, write_video
+from wan_dist.planning.video_shape import ModelShape
+from wan_dist.sampling.denoise import Predict, denoise, initial_noise
+from wan_dist.sampling.schedule import Step
+from wan_dist.sampling.solvers import scheduled
+from wan_dist.topology import RankEnv
+
+
+@torch.no_grad()
+def generate(config: Config, env: RankEnv, device: torch.device, report: RankReport) -> dict[str, str]:
+    """One video. Returns the files written, by kind, on rank 0 (empty elsewhere).
+
+    Raises CheckpointError on every rank if any rank's files are at fault.
+    """
+    with run_mesh(config, env, device) as mesh:
+        with report.timed("check"):
+            checkpoint, scheduler, schedule = on_every_rank(mesh.world, partial(_open, config, device))
+            run = Run(config, checkpoint, schedule, latent_shape(config, checkpoint), mesh, device, report)
+            share_text_encoder = text_encoder_needs_sharding(run)
+            experts = on_every_rank(mesh.world, partial(match_experts, run))
+            others = on_every_rank(mesh.world, partial(_match_others, run, share_text_encoder))
+        plan = plan_rows(run, list(experts), list(others), share_text_encoder)
+        with report.timed("encode"):
+            text = encode_text(run, others.pop("text_encoder", None), share_text_encoder)
+            if share_text_encoder:
+                gc.collect()  # FSDP's modules and states refer to each other
+            vae = load_vae(run, others.pop("vae", None)) if config.image is not None else None
+            condition = encode_condition(run, others.pop("image_encoder", None), vae)
+        with report.timed("load"):
+            predict = load_experts(run, experts, text, condition)
+        with report.timed("denoise"):
+            latents = condition.finish(_denoise(run, scheduler, predict))
+        del predict  # the experts' memory is the VAE's from here on
+        gc.collect()
+        write_latents(run, latents)
+        if wants_pixels(run):
+            with report.timed("load"):
+                vae = vae or load_vae(run, others.pop("vae", None))
+            write_video(run, vae, latents)
+        files = finish_run(run, plan)
+        del run, vae, mesh
+    return files
+
+
+def finish_run(run: Run, plan: list[dict[str, str]]) -> dict[str, str]:
+    """Gather what the ranks measured; on the first, write the run record and return the files, by kind."""
+    ranks = gather_objects(run.mesh.world, run.report.as_dict(run.mesh.traffic))
+    if not run.is_first:
+        return {}
+    outputs = finish(run)
+    config = run.config
+    record = output_path(Path(str(config.output.dir)), config.output.name, "record")
+    write_record(
+        record,
+        config,
+        fingerprint=fingerprint(run.checkpoint),
+        plan=plan,
+        report=run.report,
+        outputs=outputs,
+        ranks=ranks,
+    )
+    return {**outputs, "record": str(record)}
+
+
+def _open(config: Config, device: torch.device) -> tuple[Checkpoint, Any, list[Step]]:
+    """The checkpoint's JSON files, the scheduler, and the schedule that it makes."""
+    checkpoint = open_checkpoint(Path(str(config.model.path)))
+    make = partial(scheduled, config.sampler, checkpoint.scheduler, device)
+    return checkpoint, *from_files(checkpoint.path / "scheduler", make)
+
+
+def _match_others(run: Run, share_text_encoder: bool) -> dict[str, MatchedWeights]:
+    """What this rank will load besides the transformers."""
+    matched = {}
+    if share_text_encoder or run.is_first:
+        matched["text_encoder"] = match_text_encoder(run.checkpoint, dtype=run.dtype)
+    if run.is_first and run.checkpoint.has_image_tokens:
+        matched["image_encoder"] = match_image_encoder(run.checkpoint)
+    if run.runs_vae and (wants_pixels(run) or run.config.image is not None):
+        matched["vae"] = match_vae(run.checkpoint, dtype=getattr(torch, run.config.runtime.vae_dtype))
+    return matched
+
+
+def _denoise(run: Run, scheduler: Any, predict: Predict) -> torch.Tensor:
+    """From the seed's noise to the final latents, fp32 `[1, z, T, H, W]`, on every rank."""
+    video, seed = run.config.video, run.config.sampler.seed
+    shape = ModelShape.from_configs(run.checkpoint.transformer_config, run.checkpoint.configs["vae"])
+    assert video.num_frames and video.height and video.width and seed is not None, "resolved before"
+    tokens = shape.tokens(video.num_frames, video.height, video.width)
+    logger.info("%d tokens over %d ranks", tokens, run.mesh["sp"].size)
+    noise = initial_noise(run.latent_shape, seed)
+    progress = Progress(len(run.schedule)) if run.is_first else None
+    last = time.perf_counter()
+
+    def on_step(_step: Step) -> None:
+        nonlocal last
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
+        now = time.perf_counter()
+        run.report.steps.append(now - last)
+        last = now
+        if progress is not None:
+            progress.step()
+
+    latents = denoise(noise.to(run.device), run.schedule, scheduler, predict, run.mesh["cfg"], on_step)
+    if progress is not None:
+        progress.close()
+    return latents

@@ -1,0 +1,101 @@
+"""From final latents to the files that were asked for: decoded by the VAE's ranks, written by the first one."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from wan_dist.loading.weights import MatchedWeights, fill, on_every_rank
+from wan_dist.models.wan_latents import decode_frames
+from wan_dist.models.wan_vae import ParallelVae, parallelize_vae
+from wan_dist.output.files import write_tensor
+from wan_dist.output.names import output_path
+from wan_dist.output.progress import Progress
+from wan_dist.output.video import frames_writer, mp4_writer
+from wan_dist.pipeline.run import Run
+
+_PIXEL_FORMATS = ("mp4", "frames")
+
+
+def wants_pixels(run: Run) -> bool:
+    """Whether anything asked for has to be decoded."""
+    return bool(set(_PIXEL_FORMATS) & set(run.config.output.formats))
+
+
+def load_vae(run: Run, weights: MatchedWeights | None) -> ParallelVae | None:
+    """The VAE, taught to work on this rank's rows; None where it is not matched. All ranks call this."""
+    switch = run.config.runtime.vae_channels_last
+    channels_last = switch == "on" or (switch == "auto" and run.device.type == "cuda")
+
+    def load() -> ParallelVae | None:
+        if weights is None:
+            return None
+        vae = fill(weights, device=run.device, bytes_read=run.report.bytes_read, component="vae")
+        return parallelize_vae(vae, run.vae_mesh, channels_last=channels_last)
+
+    return on_every_rank(run.mesh.world, load)
+
+
+def write_latents(run: Run, latents: torch.Tensor) -> None:
+    """Before anything is decoded, so that a failure there costs the decoding alone. Latents that were given are not
+    written again, unless they are asked for."""
+    safety_copy = run.config.output.keep_latents and run.config.task == "generate"
+    if run.is_first and (safety_copy or "latents" in run.config.output.formats):
+        with run.report.timed("write"):
+            write_tensor(_path(run, "latents"), "latents", latents.float())
+
+
+def write_video(run: Run, vae: ParallelVae | None, latents: torch.Tensor) -> None:
+    """Decode and write pixels, a latent frame at a time. latents: on every rank. vae: on those that have rows of it."""
+    if vae is None:
+        return
+    with ExitStack() as stack:
+        append = _writers(run, stack) if run.is_first else []
+        progress = Progress(latents.shape[2], unit="latent frame") if run.is_first else None
+        for frames in _timed(run, decode_frames(vae, latents)):
+            with run.report.timed("write"):
+                for write in append:
+                    write(frames)
+            if progress is not None:
+                progress.step()
+        with run.report.timed("write"):
+            stack.close()
+        if progress is not None:
+            progress.close()
+
+
+def _timed(run: Run, frames: Iterator[torch.Tensor | None]) -> Iterator[torch.Tensor | None]:
+    """The same, the seconds that each takes counted as decoding."""
+    done = object()
+    while True:
+        with run.report.timed("decode"):
+            item = next(frames, done)
+        if item is done:
+            return
+        yield item
+
+
+def _writers(run: Run, stack: ExitStack) -> list[Callable[[torch.Tensor], None]]:
+    """One function for each file of pixels that takes its next frames; the files are complete when `stack` closes."""
+    video, formats = run.config.video, run.config.output.formats
+    assert video.height and video.width and video.num_frames and video.fps, "resolved before"
+    shape = (video.num_frames, video.height, video.width, 3)
+    writers = {
+        "mp4": partial(mp4_writer, _path(run, "mp4"), shape[1:3], video.fps),
+        "frames": partial(frames_writer, _path(run, "frames"), shape),
+    }
+    return [stack.enter_context(writers[kind]()) for kind in _PIXEL_FORMATS if kind in formats]
+
+
+def finish(run: Run) -> dict[str, str]:
+    """Remove the latents that were kept for safety alone; returns the files written, by kind."""
+    formats = run.config.output.formats
+    if "latents" not in formats and run.config.output.keep_latents and run.config.task == "generate":
+        _path(run, "latents").unlink()
+    return {kind: str(_path(run, kind)) for kind in formats}
+
+
+def _path(run: Run, kind: str) -> Path:
+    return output_path(Path(str(run.config.output.dir)), run.config.output.name, kind)
