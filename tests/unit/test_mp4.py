@@ -1,4 +1,4 @@
-"""The mp4 is one that ordinary players accept, and shows what the frames show."""
+"""The mp4 is one that ordinary players accept, and shows what the frames show; frames are written as they come."""
 
 from fractions import Fraction
 
@@ -6,8 +6,9 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from wan_dist.output.video import write_mp4
+from wan_dist.output.video import frames_writer, mp4_writer
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 40, 90), (30, 160, 220)]
 
@@ -15,6 +16,13 @@ COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (2
 def decoded(path) -> tuple[object, list[av.VideoFrame]]:
     with av.open(str(path)) as container:
         return container.streams.video[0].codec_context, list(container.decode(video=0))
+
+
+def write_mp4(target, frames: torch.Tensor, fps: float) -> None:
+    """As a decoder delivers them: one frame, then four at a time."""
+    with mp4_writer(target, tuple(frames.shape[1:3]), fps) as append:
+        for chunk in (frames[:1], *frames[1:].split(4)):
+            append(chunk)
 
 
 def flat(count: int, height: int = 32, width: int = 48) -> torch.Tensor:
@@ -70,4 +78,20 @@ def test_the_index_comes_before_the_data(tmp_path):
 def test_a_failure_leaves_no_file(tmp_path):
     with pytest.raises(ValueError):
         write_mp4(tmp_path / "x.mp4", torch.zeros(2, 32, 48, 7, dtype=torch.uint8), 16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_are_kept_as_they_come(tmp_path):
+    frames = torch.randint(0, 256, (9, 16, 24, 3), dtype=torch.uint8)
+    with frames_writer(tmp_path / "x.safetensors", tuple(frames.shape)) as append:
+        for chunk in (frames[:1], frames[1:5], frames[5:]):
+            append(chunk)
+        assert list(tmp_path.iterdir()) == []
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["frames"], frames)
+
+
+def test_frames_that_stop_coming_leave_no_file(tmp_path):
+    with pytest.raises(KeyError), frames_writer(tmp_path / "x.safetensors", (9, 16, 24, 3)) as append:
+        append(torch.zeros(1, 16, 24, 3, dtype=torch.uint8))
+        raise KeyError
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from wan_dist.planning.video_shape import ModelShape, nearest_multiples
 
 WAN = ModelShape.from_configs({}, {})
 WAN_5B = ModelShape.from_configs(
-    {"patch_size": [1, 2, 2], "in_channels": 48, "num_attention_heads": 24}, {"scale_factor_spatial": 16}
+    {"patch_size": [1, 2, 2], "in_channels": 48, "num_attention_heads": 24}, {"scale_factor_spatial": 16, "z_dim": 48}
 )
 
 

@@ -77,7 +77,7 @@ def check(config: Config, invocation: Invocation) -> Checked:
 
     source, heads, guided = None, [], True  # no heads: unknown, and not judged
     _choose_device(config)
-    names_model = config.task != "bench" or (config.bench.kind == "load" and _names_model(config, invocation))
+    names_model = config.task != "bench" or (config.bench.kind in ("load", "vae") and _names_model(config, invocation))
     if config.task == "bench":
         resolve_bench(config)
         heads, guided = [count for count in [config.bench.heads or 0] if count > 0], config.bench.guidance
@@ -263,7 +263,8 @@ def _place(config: Config, invocation: Invocation, heads: list[int], guided: boo
 
 def _components(config: Config) -> tuple[str, ...] | None:
     """The components whose weights a task reads; None is all."""
-    return ("vae",) if config.task == "decode" else None
+    vae_alone = config.task == "decode" or (config.task == "bench" and config.bench.kind == "vae")
+    return ("vae",) if vae_alone else None
 
 
 def _image_file_refusals(config: Config) -> list[Refusal]:

@@ -16,6 +16,10 @@ def run(config: Config, env: RankEnv, device: torch.device) -> None:
         from wan_dist.bench.load import bench_load
 
         bench_load(config, env, device)
+    elif config.bench.kind == "vae":
+        from wan_dist.bench.vae import bench_vae
+
+        bench_vae(config, env, device)
     else:
         from wan_dist.bench.step import bench_step
 

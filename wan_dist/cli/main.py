@@ -12,7 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from wan_dist.agent.launch import InterruptedRunError, launch, stopping_signals
+from wan_dist.agent.kept_latents import how_to_decode
+from wan_dist.agent.launch import InterruptedRunError, RunFailedError, launch, stopping_signals
 from wan_dist.agent.prepare import Checked, Invocation, check, freeze_run, run_id
 from wan_dist.cli.compose import FAILED, REFUSED, compose_and_run
 from wan_dist.cli.free_text import is_multirun
@@ -46,7 +47,12 @@ def _command(arguments: Sequence[str]) -> int:
     def run(config: Config, invocation: Invocation) -> None:
         checked = check(config, invocation)
         _refuse_overwriting(checked, written)
-        launch(freeze_run(checked), checked.ranks)
+        frozen = freeze_run(checked)
+        try:
+            launch(frozen, checked.ranks)
+        except (RunFailedError, InterruptedRunError) as error:
+            advice = how_to_decode(frozen)
+            raise type(error)(f"{error}\n{advice}" if advice else str(error)) from None
 
     return compose_and_run(arguments, run, default_dir=None, world=None, local_ranks=None)
 

@@ -27,6 +27,11 @@ def match_conv3d_input_format(x_BCTHW: torch.Tensor, weight: torch.Tensor) -> to
     return x_BCTHW if wanted is None else x_BCTHW.contiguous(memory_format=wanted)
 
 
+def wants_channels_last(switch: str, device: torch.device) -> bool:
+    """What `auto`, `on` or `off` means on a device: GPU kernels for convolutions want channels last."""
+    return switch == "on" or (switch == "auto" and device.type == "cuda")
+
+
 def to_channels_last(module: torch.nn.Module) -> None:
     """Bring the weight of every 2-D and 3-D convolution of `module` into channels-last order, in place."""
     for conv in module.modules():

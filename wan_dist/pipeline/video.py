@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from wan_dist.distributed.collectives import barrier
+from wan_dist.layers.memory_format import wants_channels_last
 from wan_dist.loading.weights import MatchedWeights, fill, on_every_rank
 from wan_dist.models.wan_latents import decode_frames
 from wan_dist.models.wan_vae import ParallelVae, parallelize_vae
@@ -26,8 +28,7 @@ def wants_pixels(run: Run) -> bool:
 
 def load_vae(run: Run, weights: MatchedWeights | None) -> ParallelVae | None:
     """The VAE, taught to work on this rank's rows; None where it is not matched. All ranks call this."""
-    switch = run.config.runtime.vae_channels_last
-    channels_last = switch == "on" or (switch == "auto" and run.device.type == "cuda")
+    channels_last = wants_channels_last(run.config.runtime.vae_channels_last, run.device)
 
     def load() -> ParallelVae | None:
         if weights is None:
@@ -35,7 +36,9 @@ def load_vae(run: Run, weights: MatchedWeights | None) -> ParallelVae | None:
         vae = fill(weights, device=run.device, bytes_read=run.report.bytes_read, component="vae")
         return parallelize_vae(vae, run.vae_mesh, channels_last=channels_last)
 
-    return on_every_rank(run.mesh.world, load)
+    vae = on_every_rank(run.mesh.world, load)
+    barrier(run.vae_mesh["vae"])  # NCCL wants one collective of all ranks before messages between some of them
+    return vae
 
 
 def write_latents(run: Run, latents: torch.Tensor) -> None:

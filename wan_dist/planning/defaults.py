@@ -11,7 +11,8 @@ from wan_dist.loading.checkpoint import Checkpoint
 PIPELINE_DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "steps": 50, "guidance_scale": 5.0, "fps": 16.0}
 
 # The shapes that benchmarks take where none is given: small enough for a CPU; Wan2.1 1.3B at 480p on a GPU; `load`
-# writes eight of the 1.3B's blocks to a disk; `scale`, which runs on nothing, takes the 14B.
+# writes eight of the 1.3B's blocks to a disk; `scale`, which runs on nothing, takes the 14B; `vae` 256x256x5 on a CPU,
+# 720x1280x81 on a GPU.
 BENCH_DEFAULTS = {
     "cpu": {
         "blocks": 8, "heads": 8, "head_dim": 64, "ffn": 2048, "text_dim": 512,
@@ -22,6 +23,8 @@ BENCH_DEFAULTS = {
         "frames": 21, "rows": 60, "columns": 104,
     },
     "load": {"blocks": 8, "heads": 12, "head_dim": 128, "ffn": 8960, "text_dim": 4096},
+    "vae": {"frames": 2, "rows": 32, "columns": 32},
+    "vae on cuda": {"frames": 21, "rows": 90, "columns": 160},
     "scale": {"blocks": 40, "heads": 40, "head_dim": 128, "ffn": 13824, "text_dim": 4096},
 }  # fmt: skip
 
@@ -59,8 +62,9 @@ def resolve(config: Config, checkpoint: Checkpoint, *, recipe_applies: bool) -> 
 
 def resolve_bench(config: Config) -> None:
     """Fill the null shapes of `config.bench`, in place. The device must be chosen."""
-    bench = config.bench
-    for name, value in BENCH_DEFAULTS[bench.kind if bench.kind in BENCH_DEFAULTS else config.runtime.device].items():
+    bench, device = config.bench, config.runtime.device
+    kinds = (f"{bench.kind} on {device}", bench.kind, device)
+    for name, value in BENCH_DEFAULTS[next(kind for kind in kinds if kind in BENCH_DEFAULTS)].items():
         setattr(bench, name, _first(getattr(bench, name), value))
 
 

@@ -1,0 +1,35 @@
+"""What to type when a run fails after its latents were written: the decoding alone."""
+
+import shlex
+from pathlib import Path
+
+from wan_dist.config import freeze
+from wan_dist.output.names import output_path
+
+
+def how_to_decode(frozen: Path) -> str | None:
+    """A sentence with the command that makes the video of the latents that this run left; None where it left none.
+
+    frozen: the run's config file; latents older than it are not this run's.
+    """
+    config = freeze.load(frozen)
+    if config.task != "generate":
+        return None
+    output, pixels = config.output, [kind for kind in config.output.formats if kind != "latents"]
+    latents = output_path(Path(str(output.dir)), output.name, "latents")
+    try:
+        ours = latents.stat().st_mtime >= frozen.stat().st_mtime
+    except OSError:
+        return None
+    if not ours or not pixels:
+        return None
+    words = [
+        "task=decode",
+        f"latents={latents}",
+        f"model.path={config.model.path}",
+        f"video.fps={config.video.fps:g}",
+        f"output.dir={output.dir}",
+        f"output.name={output.name}",
+        f"output.formats=[{','.join(pixels)}]",
+    ]
+    return "the latents are kept; to decode them alone: " + shlex.join(["wan-dist", *words])
