@@ -43,7 +43,7 @@ def test_all_ranks_raise_it():
     [
         ("tokenizer/tokenizer.json", "{"),
         ("text_encoder/config.json", '{"model_type": "umt5", "d_model": "wide"}'),
-        ("vae/config.json", '{"_class_name": "AutoencoderKLWan", "z_dim": 4}'),
+        ("vae/config.json", '{"_class_name": "AutoencoderKLWan", "latents_mean": [0.5]}'),
     ],
 )
 def test_a_file_that_a_library_cannot_use_is_named(tmp_path, tiny, file, text):
