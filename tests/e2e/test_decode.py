@@ -75,7 +75,7 @@ def test_what_the_error_says_to_type_makes_the_undisturbed_video(killed, undistu
     assert np.array_equal(mp4_frames(folder / "video.mp4"), mp4_frames(undisturbed / "video.mp4"))
 
 
-def test_latents_can_be_decoded_on_more_ranks_than_rows(killed, undisturbed, tiny, tmp_path):
+def test_latents_can_be_decoded_on_another_number_of_ranks(killed, undisturbed, tiny, tmp_path):
     latents = killed["parent"][0] / "video.latents.safetensors"
     typed = [f"latents={latents}", f"model.path={tiny}", "output.formats=[frames]", "output.name=again"]
     done = wan_dist("task=decode", *typed, "parallelism.ulysses=3", f"output.dir={tmp_path}", cwd=tmp_path)

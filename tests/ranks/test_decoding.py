@@ -1,0 +1,71 @@
+"""Decoding as a part of a generation: by all ranks or by one, by fewer than there are, when the experts are gone."""
+
+import gc
+
+import pytest
+from diffusers import WanTransformer3DModel
+
+from support.ranks import frozen, generate_all, run_cases, run_generation
+from wan_dist.pipeline import generate as screen
+
+FRAMES = {"output.formats": ["frames"]}
+TWO_ROWS = {"video.height": 16, "video.width": 48, "video.num_frames": 5, **FRAMES}
+FOUR_ROWS = {"video.height": 32, "video.num_frames": 13, **FRAMES}
+
+
+def test_all_ranks_or_one_draw_the_same_frames(tmp_path, tiny):
+    cases = {
+        "one rank": FOUR_ROWS,
+        "alone of three": {**FOUR_ROWS, "parallelism.ulysses": 3, "parallelism.vae": "off"},
+        "three": {**FOUR_ROWS, "parallelism.ulysses": 3, "parallelism.vae": "on"},
+        "channels last": {**FOUR_ROWS, "parallelism.ring": 3, "runtime.vae_channels_last": "on"},
+        "cfg and tp too": {**FOUR_ROWS, "parallelism.cfg": 2, "parallelism.tp": 2},
+    }
+    results = dict(zip(cases, generate_all(tmp_path, [(tiny, case) for case in cases.values()]), strict=True))
+    whole = results["one rank"]["frames"].int()
+    for name, result in results.items():
+        assert (result["frames"].int() - whole).abs().max() <= 1, name
+    ranks = {
+        name: [rank["bytes_read"].get("vae", 0) > 0 for rank in r["record"]["ranks"]] for name, r in results.items()
+    }
+    assert ranks["alone of three"] == [True, False, False] and ranks["three"] == [True] * 3
+    assert ranks["cfg and tp too"] == [True] * 4
+    placements = {row["component"]: row["reason"] for row in results["three"]["record"]["plan"]}
+    assert "on 3 ranks" in placements["vae"]
+
+
+def test_ranks_without_rows_leave_the_others_to_it(tmp_path, tiny):
+    one, four = generate_all(tmp_path, [(tiny, TWO_ROWS), (tiny, {**TWO_ROWS, "parallelism.ulysses": 4})])
+    assert (one["frames"].int() - four["frames"].int()).abs().max() <= 1
+    assert [rank["bytes_read"].get("vae", 0) > 0 for rank in four["record"]["ranks"]] == [True, True, False, False]
+
+
+def test_a_vae_in_bfloat16_is_close(tmp_path, tiny):
+    half = {**FOUR_ROWS, "runtime.vae_dtype": "bfloat16"}
+    whole, *halves = generate_all(
+        tmp_path, [(tiny, FOUR_ROWS), (tiny, half), (tiny, {**half, "parallelism.ulysses": 2})]
+    )
+    for result in halves:
+        difference = (result["frames"].int() - whole["frames"].int()).abs().float()
+        assert 0 < difference.mean() < 3
+
+
+def transformers_while_decoding(env, config) -> int:
+    """How many transformers are there when decoding begins."""
+    seen, write_video = [], screen.write_video
+
+    def watched(*args):
+        seen.append(sum(isinstance(thing, WanTransformer3DModel) for thing in gc.get_objects()))
+        write_video(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(screen, "write_video", watched)
+        run_generation(env, config)
+    return seen[0]
+
+
+@pytest.mark.parametrize("fsdp", ["off", "on"])
+def test_the_experts_are_gone_when_decoding_begins(tmp_path, checkpoints, fsdp):
+    path = checkpoints(experts=2, boundary_ratio=0.9)
+    config = frozen(tmp_path, path, **{**TWO_ROWS, "parallelism.ulysses": 2, "parallelism.fsdp.enabled": fsdp})
+    assert run_cases(2, transformers_while_decoding, [(config,)]) == [[0, 0]]
