@@ -83,15 +83,19 @@ def surrounded(
     below: int,
     *,
     zero_frames: int = 0,
+    zero_columns: tuple[int, int] = (0, 0),
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> torch.Tensor:
-    """One tensor of `parts` joined as in `halo_rows`, behind `zero_frames` frames of zeros, with `above` rows on top
-    and `below` at the bottom: the halo's, or zeros where it has none. Each element is copied once."""
+    """One tensor of `parts` joined as in `halo_rows`, behind `zero_frames` frames and between `zero_columns` (left and
+    right) of zeros, with `above` rows on top and `below` at the bottom: the halo's, or zeros where it has none. Each
+    element is copied once."""
     frames, (rows, width) = sum(part.shape[-3] for part in parts), parts[0].shape[-2:]
-    shape = (*parts[0].shape[:-3], zero_frames + frames, above + rows + below, width)
+    left, right = zero_columns
+    shape = (*parts[0].shape[:-3], zero_frames + frames, above + rows + below, left + width + right)
     whole = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device, memory_format=memory_format)
-    whole.narrow(-3, 0, zero_frames).zero_()
-    filled = whole.narrow(-3, zero_frames, frames)
+    for dim, begin, count in ((-3, 0, zero_frames), (-1, 0, left), (-1, left + width, right)):
+        whole.narrow(dim, begin, count).zero_()
+    filled = whole.narrow(-3, zero_frames, frames).narrow(-1, left, width)
     at = 0
     for part in parts:
         filled.narrow(-3, at, part.shape[-3]).narrow(-2, above, rows).copy_(part)

@@ -148,17 +148,15 @@ class _SplitConv2d(torch.nn.Conv2d):
     right: int
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wanted = _or_plain(weight_format(self.weight))
-        if self.split.working > 1:
-            halo = halo_rows([x], self.split, self.above, self.below)
-            x, pad_rows = surrounded([x], halo, self.above, self.below, memory_format=wanted), 0
-        elif self.above == self.below:
-            x, pad_rows = x.contiguous(memory_format=wanted), self.above
-        else:
-            x, pad_rows = F.pad(x, (0, 0, self.above, self.below)).contiguous(memory_format=wanted), 0
-        pad_columns = self.left
-        if self.left != self.right:
-            x, pad_columns = F.pad(x, (self.left, self.right)), 0
+        wanted, pad_rows, pad_columns = _or_plain(weight_format(self.weight)), self.above, self.left
+        if self.split.working > 1 or self.above != self.below or self.left != self.right:
+            halo: Halo = (None, None)
+            if self.split.working > 1:
+                halo = halo_rows([x], self.split, self.above, self.below)
+            columns = self.left, self.right
+            x = surrounded([x], halo, self.above, self.below, zero_columns=columns, memory_format=wanted)
+            pad_rows = pad_columns = 0
+        x = x.contiguous(memory_format=wanted)
         return F.conv2d(x, self.weight, self.bias, self.stride, (pad_rows, pad_columns), self.dilation, self.groups)
 
 
