@@ -26,8 +26,6 @@ def how_to_decode(frozen: Path) -> str | None:
     words = [
         "task=decode",
         f"latents={latents}",
-        f"model.path={config.model.path}",
-        f"video.fps={config.video.fps:g}",
         f"output.dir={output.dir}",
         f"output.name={output.name}",
         f"output.formats=[{','.join(pixels)}]",

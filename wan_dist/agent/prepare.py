@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from wan_dist.agent.inputs import image_file_refusals, take_over_model, take_over_size
 from wan_dist.config import freeze
 from wan_dist.config.normalise import normalise_switches
 from wan_dist.config.schema import Config
 from wan_dist.loading.checkpoint import Checkpoint, open_checkpoint, weight_problems
-from wan_dist.loading.latents import latents_shape
 from wan_dist.loading.source import Source
 from wan_dist.loading.tensor_files import CheckpointError
 from wan_dist.output.names import output_paths
@@ -69,13 +69,16 @@ def check(config: Config, invocation: Invocation) -> Checked:
     """Resolve and check; nothing is written, no weight is read. Raises RefusedError with every reason."""
     config = deepcopy(config)
     normalise_switches(config)
-    found = rules.value_refusals(config) + rules.request_refusals(config) + _image_file_refusals(config)
+    found = rules.value_refusals(config) + rules.request_refusals(config)
+    found += image_file_refusals(config)
     config.output.dir = str(
         Path(config.output.dir if config.output.dir is not None else invocation.default_dir).absolute()
     )
     found += _output_dir_refusals(Path(config.output.dir), config.output.name)
 
     source, heads, guided = None, [], True  # no heads: unknown, and not judged
+    if config.task == "decode" and not _names_model(config, invocation):
+        take_over_model(config)
     _choose_device(config)
     names_model = config.task != "bench" or (config.bench.kind in ("load", "vae") and _names_model(config, invocation))
     if config.task == "bench":
@@ -168,7 +171,7 @@ def _request_against_checkpoint(
     guided. Where latents are only decoded, heads and guidance decide nothing."""
     shape = ModelShape.from_configs(checkpoint.transformer_config, checkpoint.configs["vae"])
     if given.task == "decode":
-        return _take_over_latents(given, resolved, shape), [], True
+        return take_over_size(given, resolved, shape), [], True
     found = rules.video_refusals(resolved.video, shape)
     if given.task == "generate":
         found += image_refusals(resolved, checkpoint)
@@ -185,28 +188,6 @@ def _request_against_checkpoint(
         why = f"steps fall to {expert}, which this checkpoint lacks"
         found.append(Refusal("sampler.boundary_ratio", sampler.boundary_ratio, why, f"it has {checkpoint.experts}"))
     return found, heads, any(step.guided for step in steps)
-
-
-def _take_over_latents(given: Config, resolved: Config, shape: ModelShape) -> list[Refusal]:
-    """Set the video's size to that of the latents to decode, in place; returns what does not fit them."""
-    if given.latents is None:
-        return []  # which is said elsewhere
-    resolved.latents = str(Path(given.latents).absolute())
-    remedy = "give a file that output.formats=[latents] or output.keep_latents wrote"
-    try:
-        latents = latents_shape(Path(resolved.latents))
-    except CheckpointError as error:
-        return [Refusal("latents", given.latents, str(error).removeprefix(f"{resolved.latents}: "), remedy)]
-    if latents[1] != shape.channels:
-        why = f"they have {latents[1]} channels, this model's VAE {shape.channels}"
-        return [Refusal("latents", given.latents, why, "name the model that they were made with")]
-    found = []
-    for name, theirs in zip(("num_frames", "height", "width"), shape.video_of(latents), strict=True):
-        asked = getattr(given.video, name)
-        if asked not in (None, theirs):
-            found.append(Refusal(f"video.{name}", asked, f"the latents are those of {theirs}", "leave it out"))
-        setattr(resolved.video, name, theirs)
-    return found
 
 
 def _steps_if_they_matter(config: Config, checkpoint: Checkpoint) -> list[Step] | None:
@@ -265,27 +246,6 @@ def _components(config: Config) -> tuple[str, ...] | None:
     """The components whose weights a task reads; None is all."""
     vae_alone = config.task == "decode" or (config.task == "bench" and config.bench.kind == "vae")
     return ("vae",) if vae_alone else None
-
-
-def _image_file_refusals(config: Config) -> list[Refusal]:
-    """Read the pictures of a generation, so that none can fail later; their paths are made absolute, in place."""
-    if config.task != "generate" or (config.image is None and config.last_image is None):
-        return []
-    from wan_dist.loading.images import ImageError, read_image
-
-    found = []
-    for key in ("image", "last_image"):
-        given = getattr(config, key)
-        if given is None:
-            continue
-        try:
-            if "://" in given:
-                raise ImageError("is an address, not a file; download it first")
-            setattr(config, key, str(Path(given).absolute()))
-            read_image(Path(given))
-        except ImageError as error:
-            found.append(Refusal(key, given, str(error), "name a picture that Pillow reads, such as PNG or JPEG"))
-    return found
 
 
 def _output_dir_refusals(directory: Path, name: str) -> list[Refusal]:

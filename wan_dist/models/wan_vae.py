@@ -62,6 +62,7 @@ class ParallelVae:
         hidden = vae.post_quant_conv(latents_BCTHW[..., begin:end, :].to(weight.device, weight.dtype))
         cache: list[Any] = [None] * vae._cached_conv_counts["decoder"]  # of this call: none is left by a failed one
         for index, frame in enumerate(hidden.split(1, dim=2)):
+            split.share(latents_BCTHW.shape[3])  # another request may have come between two frames
             video = vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
             if vae.config.patch_size is not None:
                 video = unpatchify(video, patch_size=vae.config.patch_size)

@@ -49,9 +49,9 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def write_tensor(target: Path, name: str, tensor: torch.Tensor) -> None:
-    """A safetensors file with one tensor."""
+def write_tensor(target: Path, name: str, tensor: torch.Tensor, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file with one tensor, and texts in its header."""
     from safetensors.torch import save_file
 
     with atomic(target) as scratch:
-        save_file({name: tensor.contiguous().cpu()}, scratch)
+        save_file({name: tensor.contiguous().cpu()}, scratch, metadata)

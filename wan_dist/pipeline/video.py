@@ -9,6 +9,7 @@ import torch
 
 from wan_dist.distributed.collectives import barrier
 from wan_dist.layers.memory_format import wants_channels_last
+from wan_dist.loading.latents import FPS, MODEL
 from wan_dist.loading.weights import MatchedWeights, fill, on_every_rank
 from wan_dist.models.wan_latents import decode_frames
 from wan_dist.models.wan_vae import ParallelVae, parallelize_vae
@@ -47,7 +48,8 @@ def write_latents(run: Run, latents: torch.Tensor) -> None:
     safety_copy = run.config.output.keep_latents and run.config.task == "generate"
     if run.is_first and (safety_copy or "latents" in run.config.output.formats):
         with run.report.timed("write"):
-            write_tensor(_path(run, "latents"), "latents", latents.float())
+            metadata = {MODEL: str(run.config.model.path), FPS: str(run.config.video.fps)}
+            write_tensor(_path(run, "latents"), "latents", latents.float(), metadata)
 
 
 def write_video(run: Run, vae: ParallelVae | None, latents: torch.Tensor) -> None:
