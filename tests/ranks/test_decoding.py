@@ -1,12 +1,14 @@
 """Decoding as a part of a generation: by all ranks or by one, by fewer than there are, when the experts are gone."""
 
 import gc
+import time
 
 import pytest
 from diffusers import WanTransformer3DModel
 
 from support.ranks import frozen, generate_all, run_cases, run_generation
 from wan_dist.pipeline import generate as screen
+from wan_dist.pipeline import video
 
 FRAMES = {"output.formats": ["frames"]}
 TWO_ROWS = {"video.height": 16, "video.width": 48, "video.num_frames": 5, **FRAMES}
@@ -48,6 +50,24 @@ def test_a_vae_in_bfloat16_is_close(tmp_path, tiny):
     for result in halves:
         difference = (result["frames"].int() - whole["frames"].int()).abs().float()
         assert 0 < difference.mean() < 3
+
+
+def generate_with_a_slow_decoder(env, config) -> bool:
+    """Whether the files were written, though decoding takes longer than any collective may wait."""
+    decode_frames = video.decode_frames
+
+    def slow(*args):
+        time.sleep(4)
+        yield from decode_frames(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video, "decode_frames", slow)
+        return bool(run_generation(env, config))
+
+
+def test_ranks_with_nothing_to_decode_wait_as_long_as_it_takes(tmp_path, tiny):
+    alone = {**TWO_ROWS, "parallelism.ulysses": 2, "parallelism.vae": "off", "runtime.timeout_s": 2.0}
+    assert run_cases(2, generate_with_a_slow_decoder, [(frozen(tmp_path, tiny, **alone),)]) == [[True, False]]
 
 
 def transformers_while_decoding(env, config) -> int:

@@ -5,13 +5,16 @@ Gathers are written as all-to-alls: they take uneven sizes on every backend, and
 """
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from wan_dist.distributed.mesh import Axis
+from wan_dist.distributed.mesh import Axis, Mesh
+
+_AS_LONG_AS_IT_TAKES = timedelta(days=365)
 
 
 class PeerLostError(RuntimeError):
@@ -156,3 +159,20 @@ def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:
         _run(axis, "barrier", lambda: dist.barrier(group=axis.group))
+
+
+def wait_for_first(mesh: Mesh, what: str) -> None:
+    """Wait until the first rank of the world is here too, however long it takes; it does not wait for the others.
+
+    For work that few ranks do: those with nothing to do would run into the timeout of the next collective, though
+    nobody is late. If the first rank fails, its agent ends this one. what: a word for the occasion, used once in a run.
+    """
+    if mesh.store is None:
+        return
+    if mesh.world.rank == 0:
+        mesh.store.set(what, "done")
+        return
+    try:
+        mesh.store.wait([what], _AS_LONG_AS_IT_TAKES)
+    except RuntimeError as error:
+        raise PeerLostError(f"waiting for rank 0 ({what}) failed: {error}") from error

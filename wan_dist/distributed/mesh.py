@@ -49,12 +49,13 @@ class FsdpMesh:
 @dataclass(frozen=True)
 class Mesh:
     """All axes of this rank, also the combined ones, by name. `world` spans every rank; `fsdp` is None where there is
-    nothing to shard over."""
+    nothing to shard over, `store` (what all ranks can leave a word in) where there is one rank."""
 
     axes: dict[str, Axis]
     world: Axis
     traffic: Counter[str]
     fsdp: FsdpMesh | None = None
+    store: dist.Store | None = None
 
     def __getitem__(self, name: str) -> Axis:
         return self.axes[name]

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -31,15 +32,17 @@ def process_group(
     if env.world_size == 1:
         yield build_mesh(degrees, device.type)
         return
+    store = agent_store(timeout_s)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("wan_dist", agent_store(timeout_s)),
+        store=dist.PrefixStore("wan_dist", store),
         rank=env.rank,
         world_size=env.world_size,
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
     mesh = build_mesh(degrees, device.type, fsdp_replicas=fsdp_replicas, timeout_s=timeout_s)
+    mesh = replace(mesh, store=dist.PrefixStore("wan_dist/run", store))
     world = mesh.world
     yield mesh
     del mesh

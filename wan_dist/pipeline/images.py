@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from wan_dist.distributed.collectives import broadcast, gather_objects
+from wan_dist.distributed.collectives import broadcast, gather_objects, wait_for_first
 from wan_dist.loading.images import ImageError, read_image
 from wan_dist.loading.tensor_files import CheckpointError
 from wan_dist.loading.weights import MatchedWeights, fill, from_files, on_every_rank
@@ -43,7 +43,7 @@ def encode_condition(run: Run, encoder: MatchedWeights | None, vae: ParallelVae 
 def _read(path: Path) -> Any:
     """It was read before the ranks started; only a file that has changed since can fail."""
     try:
-        return image_encoder.upright(read_image(path))
+        return read_image(path)
     except ImageError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -57,8 +57,9 @@ def _image_tokens(run: Run, weights: MatchedWeights | None, images: list[Any]) -
     def encode() -> torch.Tensor | None:
         if weights is None:
             return None
-        folder, name = checkpoint.path / "image_processor", checkpoint.index["image_processor"][1]
-        processor = from_files(folder, partial(image_encoder.load_image_processor, folder, name))
+        folder, index = checkpoint.path / "image_processor", checkpoint.index
+        load = image_encoder.load_image_processor
+        processor = from_files(folder, lambda: load(folder, index["image_processor"][1]))
         model = fill(weights, device=run.device, bytes_read=run.report.bytes_read, component="image_encoder")
         encode = partial(image_encoder.encode_images, model, processor, images, run.device)
         return from_files(folder, encode).float()
@@ -98,4 +99,5 @@ def _latents(run: Run, vae: ParallelVae | None, pixels: torch.Tensor, num_frames
         encoded = vae.encode(num_frames, pixels.shape[2], rows)
         if encoded is not None:
             latents.copy_(normalised(vae.model, encoded.float()))
+    wait_for_first(run.mesh, "images encoded")
     return broadcast(run.mesh.world, latents)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from wan_dist.distributed.collectives import barrier
+from wan_dist.distributed.collectives import barrier, wait_for_first
 from wan_dist.layers.memory_format import wants_channels_last
 from wan_dist.loading.latents import FPS, MODEL
 from wan_dist.loading.weights import MatchedWeights, fill, on_every_rank
@@ -53,9 +53,14 @@ def write_latents(run: Run, latents: torch.Tensor) -> None:
 
 
 def write_video(run: Run, vae: ParallelVae | None, latents: torch.Tensor) -> None:
-    """Decode and write pixels, a latent frame at a time. latents: on every rank. vae: on those that have rows of it."""
-    if vae is None:
-        return
+    """Decode and write pixels, a latent frame at a time; returns on no rank before all is written. latents: on every
+    rank. vae: on those that have rows of it."""
+    if vae is not None:
+        _decode_and_write(run, vae, latents)
+    wait_for_first(run.mesh, "video written")
+
+
+def _decode_and_write(run: Run, vae: ParallelVae, latents: torch.Tensor) -> None:
     with ExitStack() as stack:
         append = _writers(run, stack) if run.is_first else []
         progress = Progress(latents.shape[2], unit="latent frame") if run.is_first else None
