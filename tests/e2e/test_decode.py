@@ -72,7 +72,8 @@ def test_what_the_error_says_to_type_makes_the_undisturbed_video(killed, undistu
     }
     ours, theirs = (load_file(where / "video.frames.safetensors")["frames"] for where in (folder, undisturbed))
     assert torch.equal(ours, theirs)
-    assert np.array_equal(mp4_frames(folder / "video.mp4"), mp4_frames(undisturbed / "video.mp4"))
+    again, first = (mp4_frames(where / "video.mp4").astype(int) for where in (folder, undisturbed))
+    assert np.abs(again - first).mean() < 0.5  # of 256 levels: the encoder's threads need not agree to the last bit
 
 
 def test_latents_can_be_decoded_on_another_number_of_ranks(killed, undisturbed, tiny, tmp_path):

@@ -102,6 +102,9 @@ def write_record(
         "request": {
             "prompt": config.prompt,
             "negative_prompt": config.negative_prompt or "",
+            "image": config.image,
+            "last_image": config.last_image,
+            "latents": config.latents,
             "name": config.output.name,
             **asdict(sampler),
             **asdict(video),
