@@ -4,6 +4,7 @@ import shutil
 import time
 
 import pytest
+from PIL import Image
 
 from e2e.processes import together
 from support.commands import torchrun, wan_dist
@@ -46,6 +47,21 @@ CASES = {
     "pickles only": ([P, "model.path=PLACES/pickled"], ["model.path=PLACES/pickled", "model.bin", "safetensors"]),
     "output below a file": ([P, "output.dir=PLACES/blank.txt/sub"], ["output.dir=PLACES/blank.txt/sub", "output.dir="]),
     "empty prompts": (["prompts_file=PLACES/blank.txt"], ["prompts_file=PLACES/blank.txt", "empty", "a prompt a line"]),
+    "no image": ([P, "model.path=PLACES/image"], ["image=null", "makes a video of an image", "give one: image=FILE"]),
+    "an image for text": ([P, "image=PLACES/good.png"], ["image=PLACES/good.png", "text alone", "leave it out"]),
+    "damaged images": (
+        [P, "model.path=PLACES/image", "image=PLACES/cut.png", "last_image=PLACES/blank.txt"],
+        ["(2 reasons)", "image=PLACES/cut.png", "damaged", "last_image=PLACES/blank.txt", "not a picture", "PNG"],
+    ),
+    "a last image too many": (
+        [P, "model.path=PLACES/encoded", "image=PLACES/good.png", "last_image=PLACES/good.png"],
+        ["(1 reason)", "last_image=PLACES/good.png", "takes no last image", "leave it out"],
+    ),
+    "no last image": (
+        [P, "model.path=PLACES/between", "image=PLACES/good.png"],
+        ["(1 reason)", "last_image=null", "between two images", "last_image=FILE"],
+    ),
+    "latents to generate from": ([P, "latents=PLACES/blank.txt"], ["latents=PLACES/blank.txt", "only task=decode"]),
     "no steps": ([P, "sampler.steps=0"], ["sampler.steps=0", "at least 1"]),
     "no prompt": ([], ["prompt=null", 'prompt="']),
     "cfg unguided": (
@@ -73,8 +89,9 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, tiny):
-    """Paths that cannot be used: an empty folder, a blank file, a checkpoint whose weights are pickles."""
+def places(tmp_path_factory, tiny, checkpoints):
+    """Paths that cannot be used: an empty folder, a blank file, a damaged picture, a checkpoint whose weights are
+    pickles. And a good picture, with three image-to-video models that are not asked as they want to be."""
     places = tmp_path_factory.mktemp("places")
     (places / "empty").mkdir()
     (places / "blank.txt").write_text("\n  \n")
@@ -82,6 +99,11 @@ def places(tmp_path_factory, tiny):
     (places / "mine" / "experiment" / "mine.yaml").write_text(
         "# @package _global_\nprompt: a cat\nparallelism: {vae: off}\nsampler: {steps: 3}\n"
     )
+    Image.linear_gradient("L").save(places / "good.png")
+    (places / "cut.png").write_bytes((places / "good.png").read_bytes()[:300])
+    models = {"image": "wan2.2 a14b", "encoded": "wan2.1", "between": "wan2.1 first and last"}
+    for name, kind in models.items():
+        (places / name).symlink_to(checkpoints.of_images(kind))
     shutil.copytree(tiny, places / "pickled")
     for weights in (places / "pickled").glob("*/*.safetensors*"):
         weights.unlink()

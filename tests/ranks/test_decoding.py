@@ -57,7 +57,7 @@ def generate_with_a_slow_decoder(env, config) -> bool:
     decode_frames = video.decode_frames
 
     def slow(*args):
-        time.sleep(4)
+        time.sleep(2)
         yield from decode_frames(*args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +66,7 @@ def generate_with_a_slow_decoder(env, config) -> bool:
 
 
 def test_ranks_with_nothing_to_decode_wait_as_long_as_it_takes(tmp_path, tiny):
-    alone = {**TWO_ROWS, "parallelism.ulysses": 2, "parallelism.vae": "off", "runtime.timeout_s": 2.0}
+    alone = {**TWO_ROWS, "parallelism.ulysses": 2, "parallelism.vae": "off", "runtime.timeout_s": 1.0}
     assert run_cases(2, generate_with_a_slow_decoder, [(frozen(tmp_path, tiny, **alone),)]) == [[True, False]]
 
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from support.checkpoints import WAN_SHAPES
 from wan_dist.agent.prepare import Checked, Invocation, check, freeze_run, run_dir
@@ -270,3 +271,95 @@ def test_a_config_value_of_the_wrong_type(reasons, tmp_path):
     file = tmp_path / "changed" / "transformer" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_attention_heads": "4"}))
     assert reasons(**SMALL, **{"model.path": path}) == ["model.path"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder with `good.png`, and `cut.png`, which was cut short."""
+    folder = tmp_path_factory.mktemp("pictures")
+    Image.linear_gradient("L").save(folder / "good.png")
+    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:300])
+    return folder
+
+
+GOOD, CUT = "good.png", "cut.png"
+TEXT = "text"
+
+
+@pytest.mark.parametrize(
+    ("kind", "images", "found"),
+    [
+        (TEXT, {"image": GOOD}, ["image"]),
+        (TEXT, {"last_image": GOOD}, ["last_image"]),
+        ("wan2.1", {}, ["image"]),
+        ("wan2.1", {"image": CUT}, ["image"]),
+        ("wan2.1", {"image": "absent.png"}, ["image"]),
+        ("wan2.1", {"image": "."}, ["image"]),
+        ("wan2.1", {"image": GOOD, "last_image": GOOD}, ["last_image"]),
+        ("wan2.1 first and last", {"image": GOOD}, ["last_image"]),
+        ("wan2.1 first and last", {"image": CUT, "last_image": CUT}, ["image", "last_image"]),
+        ("wan2.2 a14b", {}, ["image"]),
+        ("wan2.2 a14b", {"image": GOOD, "last_image": CUT}, ["last_image"]),
+        ("wan2.2 a14b", {"image": GOOD, "last_image": GOOD, "video.num_frames": 1}, ["video.num_frames"]),
+        ("wan2.2 ti2v", {"image": GOOD, "last_image": GOOD}, ["last_image"]),
+        ("wan2.2 ti2v", {"image": "https://host/it.png"}, ["image"]),
+    ],
+)
+def test_images_that_are_missing_damaged_or_too_many(reasons, checkpoints, pictures, monkeypatch, kind, images, found):
+    path = checkpoints() if kind == TEXT else checkpoints.of_images(kind)
+    monkeypatch.chdir(pictures)
+    assert reasons(**{**SMALL, "model.path": str(path), **images}) == found
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("wan2.1", ["image"]),
+        ("wan2.1 first and last", ["image", "last_image"]),
+        ("wan2.2 a14b", ["image"]),
+        ("wan2.2 a14b", ["image", "last_image"]),
+        ("wan2.2 ti2v", []),
+        ("wan2.2 ti2v", ["image"]),
+    ],
+)
+def test_the_paths_of_images_are_absolute_for_the_ranks(checked, checkpoints, pictures, monkeypatch, kind, keys):
+    monkeypatch.chdir(pictures)
+    settings = {**SMALL, "model.path": str(checkpoints.of_images(kind)), **dict.fromkeys(keys, GOOD)}
+    frozen = freeze.load(freeze_run(checked(**settings)))
+    for key in ("image", "last_image"):
+        assert getattr(frozen, key) == (str(pictures / GOOD) if key in keys else None)
+
+
+def test_an_image_whose_name_is_not_utf8_reaches_the_ranks(checked, checkpoints, pictures, tmp_path):
+    name = tmp_path / "caf\udce9.png"
+    shutil.copy(pictures / GOOD, name)
+    settings = {**SMALL, "model.path": str(checkpoints.of_images("wan2.2 a14b")), "image": str(name)}
+    assert freeze.load(freeze_run(checked(**settings))).image == str(name)
+
+
+def test_images_are_not_read_where_nothing_is_generated(checked):
+    assert checked(task="bench", image="absent.png").ranks >= 1
+
+
+def test_reasons_of_images_come_with_all_others(reasons, checkpoints, pictures):
+    settings = {"image": str(pictures / CUT), "last_image": str(pictures / GOOD), "video.height": 65, "latents": "x"}
+    found = reasons(**{**SMALL, "model.path": str(checkpoints.of_images("wan2.1")), **settings})
+    assert sorted(found) == ["image", "last_image", "latents", "video.height"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "file"),
+    [
+        ({"image_encoder": [None, None]}, None),
+        ({}, "image_processor/preprocessor_config.json"),
+        ({}, "image_encoder/config.json"),
+        ({}, "image_encoder/model.safetensors"),
+    ],
+)
+def test_a_checkpoint_without_all_of_its_image_encoder(reasons, checkpoints, pictures, tmp_path, entry, file):
+    path = shutil.copytree(checkpoints.of_images("wan2.1"), tmp_path / "lacking")
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(json.dumps({**index, **entry}))
+    if file is not None:
+        (path / file).unlink()
+    assert reasons(**{**SMALL, "model.path": str(path), "image": str(pictures / GOOD)}) == ["model.path"]

@@ -19,7 +19,10 @@ RANK_KEYS = {
     "rank", "host", "device", "peak_device_bytes", "peak_host_bytes", "base_host_bytes", "bytes_read", "bytes_sent",
 }  # fmt: skip
 REQUEST_KEYS = {
-    "prompt", "negative_prompt", "name", "steps", "guidance_scale", "guidance_scale_2", "flow_shift", "solver", "seed",
+    "prompt", "negative_prompt",
+    "image",
+    "last_image",
+    "latents", "name", "steps", "guidance_scale", "guidance_scale_2", "flow_shift", "solver", "seed",
     "boundary_ratio", "height", "width", "num_frames", "fps",
 }  # fmt: skip
 

@@ -22,11 +22,10 @@ BAD_VALUES = {
     "bench.head_dim": [7], "sampler.boundary_ratio": [float("-inf")], "model.recipe.steps": [0],
 }  # fmt: skip
 NOT_YET = {
-    "task": "plan", "image": "a.png", "last_image": "a.png", "latents": "a", "parallelism.dp": 2,
-    "parallelism.vae": "on", "offload.mode": "speed", "offload.transformer": "layerwise",
+    "task": "plan", "parallelism.dp": 2, "offload.mode": "speed", "offload.transformer": "layerwise",
     "offload.text_encoder": "resident", "offload.image_encoder": "resident", "offload.vae": "resident",
     "offload.prefetch": "2", "offload.resident_blocks": "4", "output.checkpoint_every": 5, "output.resume": "auto",
-    "output.preview": True, "runtime.vae_channels_last": "on", "runtime.stall_timeout_s": 5.0, "runtime.compile": True,
+    "output.preview": True, "runtime.stall_timeout_s": 5.0, "runtime.compile": True,
     "runtime.profile": True, "runtime.deterministic": True,
     "launch.nodes": 2, "launch.node_rank": 1, "launch.head": "a", "launch.port": 29500,
     "plan.ranks": 8, "plan.nodes": 2, "plan.device_memory_gb": 24.0, "plan.host_memory_gb": 64.0,
@@ -115,11 +114,14 @@ def test_prompts_files(tmp_path):
         assert why in refusal.why
 
 
+WAN_TRANSFORMER = {"_class_name": "WanTransformer3DModel"}
+IMAGE_TRANSFORMER = {**WAN_TRANSFORMER, "in_channels": 36}
+ENCODED_IMAGE = {"transformer": {**IMAGE_TRANSFORMER, "image_dim": 1280}, "image_encoder": {}}
 WAN = Checkpoint(
     Path("x"),
     {"_class_name": "WanPipeline", "text_encoder": ["transformers", "UMT5EncoderModel"]},
     {
-        "transformer": {"_class_name": "WanTransformer3DModel"},
+        "transformer": WAN_TRANSFORMER,
         "vae": {"_class_name": "AutoencoderKLWan"},
         "text_encoder": {},
     },
@@ -132,13 +134,15 @@ WAN = Checkpoint(
     [
         ({"_class_name": "WanVACEPipeline"}, {}, "pipeline is WanVACEPipeline"),
         ({"_class_name": None}, {}, "pipeline is None"),
-        ({"expand_timesteps": True}, {}, "per-token timesteps"),
         ({}, {"transformer": {"_class_name": "WanVACETransformer3DModel"}}, "transformer is a WanVACE"),
         ({}, {"transformer_2": {"_class_name": "Other"}}, "transformer_2 is a Other"),
         ({}, {"vae": {"_class_name": "AutoencoderKL"}}, "vae is a AutoencoderKL"),
         ({"text_encoder": ["transformers", "CLIPTextModel"]}, {}, "text encoder is a CLIPTextModel"),
-        ({}, {"image_encoder": {}}, "wants an image"),
-        ({}, {"transformer": {"_class_name": "WanTransformer3DModel", "image_dim": 1280}}, "wants an image"),
+        ({"image_encoder": ["transformers", "SiglipVisionModel"]}, ENCODED_IMAGE, "image encoder is a Siglip"),
+        ({"image_encoder": [None, None]}, ENCODED_IMAGE, "image encoder is a None"),
+        ({}, {"transformer": {**WAN_TRANSFORMER, "in_channels": 33}}, "takes 33 channels: neither text-to-video"),
+        ({"expand_timesteps": True}, {"transformer": IMAGE_TRANSFORMER}, "takes 36 channels, with expand_timesteps"),
+        ({}, {"transformer_2": IMAGE_TRANSFORMER}, "its two transformers take different images"),
     ],
 )
 def test_checkpoints_of_another_kind(index, configs, why):
@@ -146,6 +150,22 @@ def test_checkpoints_of_another_kind(index, configs, why):
     other = replace(WAN, index={**WAN.index, **index}, configs={**WAN.configs, **configs})
     (refusal,) = rules.checkpoint_refusals(other, "model.path", "x")
     assert why in refusal.why
+
+
+@pytest.mark.parametrize(
+    ("index", "configs"),
+    [
+        ({"expand_timesteps": True}, {}),
+        ({}, {"image_encoder": {}}),  # which no transformer asks
+        ({"_class_name": "WanImageToVideoPipeline"}, {"transformer": IMAGE_TRANSFORMER}),
+        ({}, {"transformer": IMAGE_TRANSFORMER, "transformer_2": IMAGE_TRANSFORMER}),
+        ({"image_encoder": ["transformers", "CLIPVisionModel"]}, ENCODED_IMAGE),
+        ({"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}, ENCODED_IMAGE),
+    ],
+)
+def test_checkpoints_that_take_images(index, configs):
+    other = replace(WAN, index={**WAN.index, **index}, configs={**WAN.configs, **configs})
+    assert rules.checkpoint_refusals(other, "model.path", "x") == []
 
 
 def test_sampler_rules():

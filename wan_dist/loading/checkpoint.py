@@ -30,6 +30,10 @@ class Checkpoint:
     def boundary_ratio(self) -> float | None:
         return self.index.get("boundary_ratio")
 
+    def class_name(self, component: str) -> str | None:
+        """The class that the index names for a component; None where it names none."""
+        return _class_name(self.index, component)
+
     @property
     def expand_timesteps(self) -> bool:
         """Whether tokens have timesteps of their own, so that a first frame can be given (Wan2.2 TI2V)."""
@@ -54,9 +58,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: not a diffusers checkpoint (no model_index.json)")
     index = _read_json(path / "model_index.json")
     configs = {}
-    for name, value in index.items():
-        present = isinstance(value, list) and len(value) == 2 and value[1] is not None
-        if present and name in _WITH_WEIGHTS:
+    for name in _WITH_WEIGHTS:
+        if _class_name(index, name) is not None:
             configs[name] = _read_json(path / name / "config.json")
     for name in ("text_encoder", "vae"):
         if name not in configs:
@@ -70,10 +73,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path / 'tokenizer'}: no such folder")
     checkpoint = Checkpoint(path, index, configs, _read_json(path / "scheduler" / "scheduler_config.json"))
     if checkpoint.has_image_tokens:
-        if "image_encoder" not in configs:
-            raise CheckpointError(f"{path}/model_index.json: names no image_encoder, which its transformer wants")
+        for name in ("image_encoder", "image_processor"):
+            if _class_name(index, name) is None:
+                raise CheckpointError(f"{path}/model_index.json: names no {name}, which its transformer wants")
         _read_json(path / "image_processor" / "preprocessor_config.json")
     return checkpoint
+
+
+def _class_name(index: dict[str, Any], component: str) -> str | None:
+    """Of an entry `[library, class]`; a component that is left out is `[null, null]`, or not there."""
+    value = index.get(component)
+    return value[1] if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str) else None
 
 
 def weight_problems(checkpoint: Checkpoint, components: Collection[str] | None = None) -> list[str]:

@@ -8,7 +8,7 @@ a file that is cut short, an animation, a picture too large to be meant, 16-bit 
 import warnings
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 _MOST_PIXELS = 89_478_485  # Pillow's own limit, where it starts to warn of decompression bombs (1 GB as 3 floats)
 _MOST_ELONGATED = 100  # times as long as wide: resizing the short side to a fixed size makes more pixels of such
@@ -22,7 +22,8 @@ class ImageError(ValueError):
 
 
 def read_image(path: Path) -> Image.Image:
-    """The picture in `path`, RGB, 8 bits a sample, all pixels read; not yet turned upright as its EXIF data may say.
+    """The picture in `path`, RGB, 8 bits a sample, all pixels read, turned upright as its EXIF data say; these and
+    other metadata are heeded here and left out.
 
     Raises ImageError.
     """
@@ -31,10 +32,13 @@ def read_image(path: Path) -> Image.Image:
             raise ImageError("is not there" if not path.exists() else "is not a file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures, which are refused here, and of odd metadata
-            with Image.open(path) as image:
+            # A stream, not the path: of a file that it maps, Pillow 13 garbles the pixels where EXIF data turn a TIFF.
+            with path.open("rb") as stream, Image.open(stream) as image:
                 _check(image)
-                image.load()
-                return _eight_bits(image)
+                upright = ImageOps.exif_transpose(image)  # which reads all pixels
+                picture = _eight_bits(upright, full_range=image.format in _FULL_RANGE_I)
+                picture.info.clear()
+                return picture
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -43,6 +47,8 @@ def read_image(path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(f"is too large: more than {_MOST_PIXELS} pixels; make it smaller") from error
     except Exception as error:  # Pillow's plugins raise all kinds over damaged data
+        if isinstance(error, OSError) and error.strerror is not None:  # the system's, not Pillow's
+            raise ImageError(f"cannot be read ({error.strerror})") from error
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ImageError(f"cannot be read ({first}); it may be damaged") from error
 
@@ -61,19 +67,14 @@ def _check(image: Image.Image) -> None:
         raise ImageError(f"holds {frames} frames; save the one that is meant as a picture of its own")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """RGB; 16-bit samples are scaled, where Pillow's own conversion would clip them at 255."""
-    full_range = image.mode == "I" and image.format in _FULL_RANGE_I
-    if image.mode in _SAMPLES_16 or full_range:
+def _eight_bits(image: Image.Image, *, full_range: bool) -> Image.Image:
+    """RGB; 16-bit samples are scaled, where Pillow's own conversion would clip them at 255. full_range: samples of 32
+    bits are such, too."""
+    if image.mode in _SAMPLES_16 or (image.mode == "I" and full_range):
         import numpy as np
 
         samples = np.asarray(image).astype(np.float64) / 257  # 65535 -> 255
-        scaled = Image.fromarray(samples.round().clip(0, 255).astype(np.uint8))
-        scaled.info.update(image.info)
-        exif = image.getexif()
-        if exif:
-            scaled.info["exif"] = exif.tobytes()
-        return scaled.convert("RGB")
+        return Image.fromarray(samples.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError(
             f"has samples of 32 bits (mode {image.mode}), whose range it does not say; save it with 8 bits"

@@ -30,14 +30,12 @@ def load_image_processor(folder: Path, class_name: str) -> Any:
     """What makes the encoder's input of a picture, of a checkpoint's `image_processor` folder."""
     import transformers
 
-    return getattr(transformers, class_name).from_pretrained(folder)
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """As diffusers loads a picture: turned as its EXIF data say, RGB."""
-    from diffusers.utils import load_image
-
-    return load_image(image)
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # without torchvision it says so; diffusers would then use the same
+    try:
+        return getattr(transformers, class_name).from_pretrained(folder)
+    finally:
+        transformers.logging.set_verbosity(level)
 
 
 def encode_images(encoder: Any, processor: Any, images: list[Image.Image], device: torch.device) -> torch.Tensor:

@@ -63,8 +63,9 @@ def generate(config: Config, env: RankEnv, device: torch.device, report: RankRep
         gc.collect()
         write_latents(run, latents)
         if wants_pixels(run):
-            with report.timed("load"):
-                vae = vae or load_vae(run, others.pop("vae", None))
+            if config.image is None:
+                with report.timed("load"):
+                    vae = load_vae(run, others.pop("vae", None))
             write_video(run, vae, latents)
         files = finish_run(run, plan)
         del run, vae, mesh

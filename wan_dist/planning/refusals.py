@@ -168,7 +168,7 @@ def checkpoint_refusals(checkpoint: Checkpoint, key: str, name: str) -> list[Ref
     if kinds["vae"] != "AutoencoderKLWan":
         found.append(Refusal(key, name, f"its vae is a {kinds['vae']}", "this version runs AutoencoderKLWan"))
     for component, runs in _ENCODERS.items():
-        encoder = (checkpoint.index.get(component) or [None, None])[1]
+        encoder = checkpoint.class_name(component)
         wanted = component == "text_encoder" or checkpoint.has_image_tokens
         if wanted and encoder not in runs:
             why = f"its {component.replace('_', ' ')} is a {encoder}"
