@@ -2,6 +2,7 @@
 
 import gc
 import time
+from pathlib import Path
 
 import pytest
 from diffusers import WanTransformer3DModel
@@ -12,6 +13,7 @@ from wan_dist.pipeline import video
 
 FRAMES = {"output.formats": ["frames"]}
 TWO_ROWS = {"video.height": 16, "video.width": 48, "video.num_frames": 5, **FRAMES}
+SIZE_OF_THE_LATENTS = {"video.height": None, "video.width": None, "video.num_frames": None}
 FOUR_ROWS = {"video.height": 32, "video.num_frames": 13, **FRAMES}
 
 
@@ -40,6 +42,25 @@ def test_ranks_without_rows_leave_the_others_to_it(tmp_path, tiny):
     one, four = generate_all(tmp_path, [(tiny, TWO_ROWS), (tiny, {**TWO_ROWS, "parallelism.ulysses": 4})])
     assert (one["frames"].int() - four["frames"].int()).abs().max() <= 1
     assert [rank["bytes_read"].get("vae", 0) > 0 for rank in four["record"]["ranks"]] == [True, True, False, False]
+
+
+def test_latents_are_decoded_on_any_mesh(tmp_path, tiny):
+    request = {**FOUR_ROWS, "output.formats": ["frames", "latents"], "parallelism.ulysses": 2}
+    (whole,) = generate_all(tmp_path, [(tiny, request)])
+    latents = {"task": "decode", "latents": whole["record"]["outputs"]["latents"], "output.formats": ["frames"]}
+    cases = {
+        "one rank": latents,
+        "five": {**latents, "parallelism.ring": 5},  # one has no rows
+        "alone of two": {**latents, "parallelism.tp": 2, "parallelism.vae": "off"},
+        "heads do not matter": {**latents, "parallelism.tp": 3},
+    }
+    again = [
+        (tiny, {**SIZE_OF_THE_LATENTS, "output.name": f"again{n}", **case}) for n, case in enumerate(cases.values())
+    ]
+    for name, result in zip(cases, generate_all(tmp_path, again), strict=True):
+        assert (result["frames"].int() - whole["frames"].int()).abs().max() <= 1, name
+        assert result["record"]["outputs"].keys() == {"frames"}, name
+    assert Path(latents["latents"]).is_file()
 
 
 def test_a_vae_in_bfloat16_is_close(tmp_path, tiny):
