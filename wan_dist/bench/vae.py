@@ -1,9 +1,11 @@
 """`bench=vae`: decoding and encoding over the ranks of the mesh, against one rank and against diffusers' own VAE.
 
 Three cases take turns in the same processes: `diffusers` (its VAE, on rank 0), `one rank` (ours, on rank 0) and `mesh`
-(ours, rows split over all ranks). Each turn makes its VAE anew, so that a rank's peak holds one VAE, the one at work.
+(ours, rows split over all ranks). Each turn makes its VAE anew, so that a rank's peak holds the one at work: ours
+without the encoder where it decodes, as in a run that is given no image.
 """
 
+import collections
 import gc
 import json
 import statistics
@@ -108,9 +110,11 @@ class _Bench:
         }
 
     def theirs(self) -> dict[str, Measured]:
-        def make() -> tuple[Work, Work]:
-            vae, latents, video = self._vae(), *self._inputs()
-            return (lambda: vae.decode(latents)), (lambda: vae.encode(video).latent_dist.mode())
+        def make(name: str) -> Work:
+            vae, latents, video = self._vae(encoder=True), *self._inputs()
+            if name == "decode":
+                return lambda: vae.decode(latents)
+            return lambda: vae.encode(video).latent_dist.mode()
 
         return self._measure(make)
 
@@ -121,24 +125,21 @@ class _Bench:
         return self._ours(self.mesh)
 
     def _ours(self, mesh: Mesh) -> dict[str, Measured]:
-        def make() -> tuple[Work, Work]:
-            vae = parallelize_vae(self._vae(), mesh, channels_last=self.channels_last)
+        def make(name: str) -> Work:
+            vae = parallelize_vae(self._vae(encoder=name == "encode"), mesh, channels_last=self.channels_last)
             latents, video = self._inputs()
-            rows = video.shape[3]
-
-            def decode() -> None:
-                for _ in decode_frames(vae, latents):
-                    pass
-
-            return decode, lambda: vae.encode(video.shape[2], rows, lambda begin, end: video[..., begin:end, :])
+            if name == "decode":
+                return lambda: collections.deque(decode_frames(vae, latents), maxlen=0)
+            frames, rows = video.shape[2:4]
+            return lambda: vae.encode(frames, rows, lambda begin, end: video[..., begin:end, :])
 
         return self._measure(make)
 
-    def _vae(self) -> AutoencoderKLWan:
+    def _vae(self, *, encoder: bool) -> AutoencoderKLWan:
         if self.checkpoint is not None:
-            vae: Any = fill(match_vae(self.checkpoint, dtype=self.dtype), device=self.device)
+            vae: Any = fill(match_vae(self.checkpoint, dtype=self.dtype, encoder=encoder), device=self.device)
             return vae
-        made = meta_vae({})  # the class's defaults are Wan2.1's
+        made = meta_vae({}, encoder=encoder)  # the class's defaults are Wan2.1's
         serve_in(made, self.dtype)
         made.to_empty(device=self.device)
         randomise(made, 0)
@@ -154,13 +155,15 @@ class _Bench:
         video = torch.rand(1, 3, *size, generator=made) * 2 - 1
         return latents.to(self.device, self.dtype), video.to(self.device, self.dtype)
 
-    def _measure(self, make: Callable[[], tuple[Work, Work]]) -> dict[str, Measured]:
-        gc.collect()
-        return_free_memory()  # of the case before: reused, it would not count
+    def _measure(self, make: Callable[[str], Work]) -> dict[str, Measured]:
+        """make: from a name of `_WORK` to what does it, the VAE and its input made."""
         on_gpu = self.device.type == "cuda"
-        base, base_on_gpu = anonymous_bytes(), torch.cuda.memory_allocated(self.device) if on_gpu else 0
         measured = {}
-        for name, work in zip(_WORK, make(), strict=True):
+        for name in _WORK:
+            gc.collect()
+            return_free_memory()  # of what was before: reused, it would not count
+            base, base_on_gpu = anonymous_bytes(), torch.cuda.memory_allocated(self.device) if on_gpu else 0
+            work = make(name)
             if on_gpu:
                 torch.cuda.synchronize(self.device)
                 torch.cuda.reset_peak_memory_stats(self.device)
@@ -174,6 +177,7 @@ class _Bench:
             peak_on_gpu = torch.cuda.max_memory_allocated(self.device) - base_on_gpu if on_gpu else None
             sent = self.mesh.traffic.total() - sent
             measured[name] = Measured(seconds, memory.stop() - base, peak_on_gpu, sent)
+            del work
         return measured
 
 

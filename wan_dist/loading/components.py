@@ -17,7 +17,7 @@ from wan_dist.loading.weights import MatchedWeights, from_files, match_weights, 
 from wan_dist.models.image_encoder import WEIGHTS_PREFIX, meta_image_encoder
 from wan_dist.models.text_encoder import meta_text_encoder
 from wan_dist.models.wan_transformer import meta_transformer, parallelize_wan_transformer
-from wan_dist.models.wan_vae import meta_vae
+from wan_dist.models.wan_vae import ENCODER_WEIGHTS, meta_vae
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,25 @@ def match_image_encoder(checkpoint: Checkpoint) -> MatchedWeights:
     return _match(model, folder, torch.float32, prefix=prefix)
 
 
-def match_vae(checkpoint: Checkpoint, *, dtype: torch.dtype) -> MatchedWeights:
+def match_vae(checkpoint: Checkpoint, *, dtype: torch.dtype, encoder: bool) -> MatchedWeights:
+    """encoder: whether it will encode, too; what it decodes with is a little more than half of it."""
     folder = checkpoint.path / "vae"
-    return _match(from_files(folder, partial(meta_vae, checkpoint.configs["vae"])), folder, dtype)
+    model = from_files(folder, partial(meta_vae, checkpoint.configs["vae"], encoder=encoder))
+    return _match(model, folder, dtype, unread=() if encoder else ENCODER_WEIGHTS)
 
 
 def _match(
-    model: Any, folder: Path, dtype: torch.dtype, keep_fp32: Iterable[str] = (), *, prefix: str = ""
+    model: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    keep_fp32: Iterable[str] = (),
+    *,
+    prefix: str = "",
+    unread: Iterable[str] = (),
 ) -> MatchedWeights:
     serve_in(model, dtype, keep_fp32)
-    return match_weights(model, folder, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or (), prefix=prefix)
+    ignore = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return match_weights(model, folder, (*ignore, *unread), prefix=prefix)
 
 
 def transformers_in_order(

@@ -29,10 +29,16 @@ from wan_dist.layers.memory_format import match_conv3d_input_format, to_channels
 _ENCODER_CHUNK = 4  # pixel frames that `AutoencoderKLWan._encode` takes at a time, after the first
 
 
-def meta_vae(config: dict[str, Any]) -> AutoencoderKLWan:
-    """The model without memory for its weights. Raises ValueError where its statistics do not fit its latents."""
+ENCODER_WEIGHTS = (r"^encoder\.", r"^quant_conv\.")  # names of what decoding does without
+
+
+def meta_vae(config: dict[str, Any], *, encoder: bool = True) -> AutoencoderKLWan:
+    """The model without memory for its weights, with its encoder or without. Raises ValueError where its statistics do
+    not fit its latents."""
     with torch.device("meta"):
         model = AutoencoderKLWan.from_config(config)
+    if not encoder:
+        model.encoder = model.quant_conv = None
     for name in ("latents_mean", "latents_std"):
         if len(model.config[name]) != model.config.z_dim:
             raise ValueError(f"{name} has {len(model.config[name])} values for {model.config.z_dim} channels")

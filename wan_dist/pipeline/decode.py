@@ -30,7 +30,7 @@ def decode(config: Config, env: RankEnv, device: torch.device, report: RankRepor
             checkpoint = on_every_rank(mesh.world, lambda: open_checkpoint(Path(str(config.model.path))))
             run = Run(config, checkpoint, [], latent_shape(config, checkpoint), mesh, device, report)
             needs_vae = run.runs_vae and wants_pixels(run)
-            match = partial(match_vae, checkpoint, dtype=getattr(torch, config.runtime.vae_dtype))
+            match = partial(match_vae, checkpoint, dtype=getattr(torch, config.runtime.vae_dtype), encoder=False)
             weights = on_every_rank(mesh.world, lambda: match() if needs_vae else None)
         with report.timed("load"):
             latents = _read(run)

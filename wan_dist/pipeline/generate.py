@@ -107,7 +107,8 @@ def _match_others(run: Run, share_text_encoder: bool) -> dict[str, MatchedWeight
     if run.is_first and run.checkpoint.has_image_tokens:
         matched["image_encoder"] = match_image_encoder(run.checkpoint)
     if run.runs_vae and (wants_pixels(run) or run.config.image is not None):
-        matched["vae"] = match_vae(run.checkpoint, dtype=getattr(torch, run.config.runtime.vae_dtype))
+        dtype, encodes = getattr(torch, run.config.runtime.vae_dtype), run.config.image is not None
+        matched["vae"] = match_vae(run.checkpoint, dtype=dtype, encoder=encodes)
     return matched
 
 
