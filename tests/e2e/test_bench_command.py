@@ -9,6 +9,7 @@ from support.commands import wan_dist
 
 BLOCKS, HEADS, HEAD_DIM, RANKS, FORWARDS, FP32, BF16 = 2, 4, 32, 2, 2, 4, 2
 TOKENS = 1 * (16 // 2) * (16 // 2)
+LATENT_FRAMES, LATENT_ROWS, LATENT_COLUMNS, STRIDE = 2, 1, 4, 8
 WIDTH_14B, BLOCKS_14B, TOKENS_480P, TOKENS_720P = 5120, 2, 32760, 75600
 
 SHAPE = [f"bench.blocks={BLOCKS}", f"bench.heads={HEADS}", f"bench.head_dim={HEAD_DIM}", "bench.ffn=128"]
@@ -17,6 +18,10 @@ COMMANDS = {
     "step": [*SHAPE, "bench.frames=1", "bench.rows=16", "bench.columns=16", f"parallelism.ulysses={RANKS}"],
     "load": ["bench=load", *SHAPE, "parallelism=tp2", "runtime.dtype=bfloat16"],
     "load named": ["bench=load", "model=tiny", "parallelism=ring2", "parallelism.fsdp.enabled=on", "bench.repeats=1"],
+    "vae": [
+        *("bench=vae", "model=tiny", f"parallelism.ulysses={RANKS}", "bench.repeats=1"),
+        *(f"bench.frames={LATENT_FRAMES}", f"bench.rows={RANKS * LATENT_ROWS}", f"bench.columns={LATENT_COLUMNS}"),
+    ],
     "scale": ["bench=scale", f"bench.blocks={BLOCKS_14B}", "bench.worlds=[8,64]"],
     "scale sharded": [
         *("bench=scale", f"bench.blocks={BLOCKS_14B}", "bench.worlds=[16]", "bench.videos=[480x832x81]"),
@@ -122,3 +127,20 @@ def test_sharded_weights_of_a_large_world(benches):
     # Out of both attentions and the feed-forward; the norms of q and k, in fp32 and for the text's k once a prompt.
     reduced = mine * (3 * WIDTH_14B * BF16 + 3 * FP32) + 512 * FP32
     assert line["bytes_sent"]["all_reduce"] == 2 * (2 - 1) * reduced // 2 * BLOCKS_14B
+
+
+def test_every_case_of_the_vae_and_what_the_last_rank_sends_more(benches):
+    """Halos and keys go both ways alike; the frames go to the first rank alone, a byte a sample."""
+    lines, table, _ = benches["vae"]
+    assert [(line["work"], line["case"]) for line in lines] == [
+        (work, case) for work in ("decode", "encode") for case in ("diffusers", "one_rank", "mesh")
+    ]
+    assert table.count("\n|") >= 7
+    for line in lines:
+        ranks = RANKS if line["case"] == "mesh" else 1
+        assert len(line["by_rank"]) == ranks and line["median_s"] > 0 and line["ranks"] == RANKS
+        assert all((rank["bytes_sent"] > 0) == (ranks > 1) and rank["peak_host_bytes"] > 0 for rank in line["by_rank"])
+        assert line["over_diffusers"] > 0 and (line["over_one_rank"] == 1) == (line["case"] == "one_rank")
+    first, last = (rank["bytes_sent"] for rank in lines[2]["by_rank"])
+    frames = 4 * (LATENT_FRAMES - 1) + 1
+    assert last - first == frames * LATENT_ROWS * STRIDE * LATENT_COLUMNS * STRIDE * 3

@@ -1,6 +1,6 @@
 """`bench=vae`: decoding and encoding over the ranks of the mesh, against one rank and against diffusers' own VAE.
 
-Three cases take turns in the same processes: `diffusers` (its VAE, on rank 0), `one rank` (ours, on rank 0) and `mesh`
+Three cases take turns in the same processes: `diffusers` (its VAE, on rank 0), `one_rank` (ours, on rank 0) and `mesh`
 (ours, rows split over all ranks). Each turn makes its VAE anew, so that a rank's peak holds the one at work: ours
 without the encoder where it decodes, as in a run that is given no image.
 """
@@ -34,7 +34,7 @@ from wan_dist.output.memory import PeakHostMemory, anonymous_bytes, return_free_
 from wan_dist.output.record import source_commit
 from wan_dist.topology import RankEnv
 
-_WORK, _SERIAL = ("decode", "encode"), ("diffusers", "one rank")
+_WORK, _SERIAL = ("decode", "encode"), ("diffusers", "one_rank")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def bench_vae(config: Config, env: RankEnv, device: torch.device) -> None:
     degrees = {axis: getattr(config.parallelism, axis) for axis in AXES}
     with process_group(env, degrees, device, config.runtime.timeout_s) as mesh:
         bench = _Bench(config, mesh, device)
-        cases = {"diffusers": bench.theirs, "one rank": bench.alone}
+        cases = {"diffusers": bench.theirs, "one_rank": bench.alone}
         cases |= {"mesh": bench.split} if env.world_size > 1 else {}
         turns: Turns = {case: {work: [] for work in _WORK} for case in cases}
         for turn in range(config.bench.repeats + (device.type == "cuda")):  # a GPU chooses kernels in the first one
@@ -195,7 +195,7 @@ def _report(facts: dict[str, Any], turns: Turns) -> None:
         medians = {case: statistics.median(seconds) for case, seconds in all_s.items()}
         for case, by_work in turns.items():
             ranks = [m for m in by_work[work][-1] if m is not None]
-            ratios = {f"over_{other.replace(' ', '_')}": medians[case] / medians[other] for other in _SERIAL}
+            ratios = {f"over_{other}": medians[case] / medians[other] for other in _SERIAL}
             line = {"case": case, "work": work, **facts, "median_s": medians[case], **ratios, "all_s": all_s[case]}
             print(json.dumps({**line, "by_rank": [asdict(measured) for measured in ranks]}))
             peak, sent = max(m.peak_host_bytes for m in ranks) / 1e9, max(m.bytes_sent for m in ranks) / 1e6
