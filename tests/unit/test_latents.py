@@ -37,7 +37,7 @@ def test_what_a_file_says(tmp_path, dtype):
     assert (described.shape, described.model_path, described.fps) == ((1, 16, 3, 4, 6), "/a model", 23.976)
 
 
-@pytest.mark.parametrize("rate", ["", "nan", "-1", "0", "inf", "fast"])
+@pytest.mark.parametrize("rate", ["", "nan", "-1", "0", "inf", "fast", "0.0001"])
 def test_a_rate_that_is_none_is_not_taken(tmp_path, rate):
     assert describe_latents(saved(tmp_path, **{FPS: rate})).fps is None
     assert describe_latents(saved(tmp_path)).model_path is None

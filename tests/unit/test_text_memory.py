@@ -1,5 +1,6 @@
-"""On one rank the taught transformer is diffusers' own, and a prompt's keys and values are computed only once."""
+"""On one rank the taught transformer is diffusers' own; keys and values of a prompt (and its image) are made once."""
 
+import weakref
 from collections import Counter
 
 import pytest
@@ -88,3 +89,27 @@ def test_another_video_size_gets_its_own_rotary_table(taught):
     text, plain = noise(1, 512, 32, seed=9), transformer()
     for shape in ((1, 16, 2, 6, 10), (1, 16, 2, 10, 6), (1, 16, 2, 6, 10)):
         assert (forward(model, text, shape=shape) - forward(plain, text, shape=shape)).abs().max() <= 1e-5
+
+
+IMAGES = {**CONFIG, "in_channels": 36, "image_dim": 40, "added_kv_proj_dim": 48}
+
+
+@torch.no_grad()
+def test_each_prompt_with_each_image_has_keys_of_its_own_until_they_are_forgotten():
+    plain, taught = (WanTransformer3DModel(**IMAGES).eval().requires_grad_(False) for _ in range(2))
+    for model in (plain, taught):
+        randomise(model, 3)
+    forget = parallelize_wan_transformer(taught, build_mesh(dict.fromkeys(AXES, 1), "cpu"), attention_kernel("auto"))
+    made: list[weakref.ref] = []
+    taught.condition_embedder.register_forward_hook(lambda _module, _args, output: made.append(weakref.ref(output[2])))
+    texts, images = [noise(1, 512, 32, seed=n) for n in (1, 2)], [noise(1, 5, 40, seed=n) for n in (3, 4)]
+    latents, timestep = noise(1, 36, 2, 6, 10), torch.tensor([500])
+    for text, image in [(text, image) for _ in range(2) for text in texts for image in images]:
+        ours, theirs = (
+            model(latents, timestep, text, encoder_hidden_states_image=image, return_dict=False)[0]
+            for model in (taught, plain)
+        )
+        assert (ours - theirs).abs().max() <= 1e-5
+    assert len({id(joined()) for joined in made}) == 4
+    forget()
+    assert [joined() for joined in made] == [None] * 8

@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLWan
 
 from wan_dist.config.schema import Config
 from wan_dist.distributed.collectives import barrier, gather_objects
-from wan_dist.distributed.mesh import AXES, Mesh, build_mesh
+from wan_dist.distributed.mesh import AXES, Axis, Mesh, build_mesh
 from wan_dist.distributed.process_group import process_group
 from wan_dist.layers.memory_format import wants_channels_last
 from wan_dist.loading.checkpoint import open_checkpoint
@@ -63,7 +63,7 @@ def bench_vae(config: Config, env: RankEnv, device: torch.device) -> None:
     with process_group(env, degrees, device, config.runtime.timeout_s) as mesh:
         bench = _Bench(config, mesh, device)
         cases = {"diffusers": bench.theirs, "one_rank": bench.alone}
-        cases |= {"mesh": bench.split} if env.world_size > 1 else {}
+        cases |= {"mesh": bench.split} if config.parallelism.vae == "on" and env.world_size > 1 else {}
         turns: Turns = {case: {work: [] for work in _WORK} for case in cases}
         for turn in range(config.bench.repeats + (device.type == "cuda")):  # a GPU chooses kernels in the first one
             for case, take_turn in cases.items():
@@ -111,12 +111,14 @@ class _Bench:
 
     def theirs(self) -> dict[str, Measured]:
         def make(name: str) -> Work:
-            vae, latents, video = self._vae(encoder=True), *self._inputs()
+            vae = self._vae(encoder=True)
             if name == "decode":
+                latents = self._latents()
                 return lambda: vae.decode(latents)
+            video = self._pixels(0, self.video_size[1])
             return lambda: vae.encode(video).latent_dist.mode()
 
-        return self._measure(make)
+        return self._measure(make, Axis("alone"))
 
     def alone(self) -> dict[str, Measured]:
         return self._ours(build_mesh(dict.fromkeys(AXES, 1), self.device.type))
@@ -127,13 +129,13 @@ class _Bench:
     def _ours(self, mesh: Mesh) -> dict[str, Measured]:
         def make(name: str) -> Work:
             vae = parallelize_vae(self._vae(encoder=name == "encode"), mesh, channels_last=self.channels_last)
-            latents, video = self._inputs()
             if name == "decode":
+                latents = self._latents()
                 return lambda: collections.deque(decode_frames(vae, latents), maxlen=0)
-            frames, rows = video.shape[2:4]
-            return lambda: vae.encode(frames, rows, lambda begin, end: video[..., begin:end, :])
+            frames, rows, _ = self.video_size
+            return lambda: vae.encode(frames, rows, self._pixels)
 
-        return self._measure(make)
+        return self._measure(make, mesh.world)
 
     def _vae(self, *, encoder: bool) -> AutoencoderKLWan:
         if self.checkpoint is not None:
@@ -145,18 +147,28 @@ class _Bench:
         randomise(made, 0)
         return made
 
-    def _inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents `[1, z, T, H, W]` and the video `[1, 3, T', H', W']` of that size, random, the same on every rank."""
-        (frames, rows, columns), made = self.latent_size, torch.Generator().manual_seed(0)
+    @property
+    def video_size(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of pixels."""
         stride_t = self.vae_config.get("scale_factor_temporal", 4)
         stride_s = self.vae_config.get("scale_factor_spatial", 8)
-        latents = torch.randn(1, self.vae_config.get("z_dim", 16), frames, rows, columns, generator=made)
-        size = (frames - 1) * stride_t + 1, rows * stride_s, columns * stride_s
-        video = torch.rand(1, 3, *size, generator=made) * 2 - 1
-        return latents.to(self.device, self.dtype), video.to(self.device, self.dtype)
+        frames, rows, columns = self.latent_size
+        return (frames - 1) * stride_t + 1, rows * stride_s, columns * stride_s
 
-    def _measure(self, make: Callable[[str], Work]) -> dict[str, Measured]:
-        """make: from a name of `_WORK` to what does it, the VAE and its input made."""
+    def _latents(self) -> torch.Tensor:
+        """Random, `[1, z, T, H, W]`, the same on every rank."""
+        shape = 1, self.vae_config.get("z_dim", 16), *self.latent_size
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
+
+    def _pixels(self, begin: int, end: int) -> torch.Tensor:
+        """Random rows of a video, `[1, 3, T', end - begin, W']`; what they show does not matter here."""
+        frames, _, columns = self.video_size
+        noise = torch.rand(1, 3, frames, end - begin, columns, generator=torch.Generator().manual_seed(begin))
+        return noise.mul_(2).sub_(1).to(self.device, self.dtype)
+
+    def _measure(self, make: Callable[[str], Work], together: Axis) -> dict[str, Measured]:
+        """make: from a name of `_WORK` to what does it, the VAE made. together: the ranks that work, which begin when
+        the last of them has made its VAE."""
         on_gpu = self.device.type == "cuda"
         measured = {}
         for name in _WORK:
@@ -168,6 +180,7 @@ class _Bench:
                 torch.cuda.synchronize(self.device)
                 torch.cuda.reset_peak_memory_stats(self.device)
             return_free_memory()
+            barrier(together)
             memory, sent = PeakHostMemory(interval_s=0.002), self.mesh.traffic.total()
             start = time.perf_counter()
             work()

@@ -42,7 +42,8 @@ def process_group(
         device_id=device if device.type == "cuda" else None,
     )
     mesh = build_mesh(degrees, device.type, fsdp_replicas=fsdp_replicas, timeout_s=timeout_s)
-    mesh = replace(mesh, store=dist.PrefixStore("wan_dist/run", store))
+    # A connection of its own: who waits in a store blocks its connection, and the process group's threads need theirs.
+    mesh = replace(mesh, store=dist.PrefixStore("wan_dist/run", store.clone()))
     world = mesh.world
     yield mesh
     del mesh

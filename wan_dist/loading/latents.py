@@ -1,12 +1,12 @@
 """A file of latents, as its header describes it: what `task=decode` starts from. Imports no torch."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from wan_dist.loading.tensor_files import CheckpointError, read_header
 
+_RATES = (0.1, 1000)  # those that `video.fps` may have
 _FLOATS = ("F32", "F16", "BF16", "F64")
 MODEL, FPS = "model.path", "video.fps"  # keys of the header's metadata: what a decoder cannot know otherwise
 
@@ -51,4 +51,4 @@ def _rate(text: str | None) -> float | None:
         rate = float(text or "nan")
     except ValueError:
         return None
-    return rate if math.isfinite(rate) and rate > 0 else None
+    return rate if _RATES[0] <= rate <= _RATES[1] else None

@@ -49,7 +49,7 @@ def from_files(folder: Path, build: Callable[[], Result]) -> Result:
     """`build()`, whose errors are the checkpoint's: libraries raise all kinds over a config or tokenizer file."""
     try:
         return build()
-    except CheckpointError:
+    except (CheckpointError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), "")

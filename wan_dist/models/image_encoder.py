@@ -49,9 +49,10 @@ def encode_images(encoder: Any, processor: Any, images: list[Image.Image], devic
     return pipe.encode_image(images, device)
 
 
-def pixels(images: list[Image.Image], height: int, width: int) -> torch.Tensor:
-    """`[len(images), 3, height, width]`, fp32 in [-1, 1], resized by diffusers' video processor."""
+def pixels(images: list[Image.Image], height: int, width: int, stride: int) -> torch.Tensor:
+    """`[len(images), 3, height, width]`, fp32 in [-1, 1], resized by diffusers' video processor; both sides are
+    multiples of the VAE's stride in space."""
     from diffusers.video_processor import VideoProcessor
 
-    processor = VideoProcessor()
+    processor = VideoProcessor(vae_scale_factor=stride)
     return torch.cat([processor.preprocess(image, height=height, width=width) for image in images]).float()

@@ -47,10 +47,16 @@ def meta_vae(config: dict[str, Any], *, encoder: bool = True) -> AutoencoderKLWa
 
 @dataclass(frozen=True)
 class ParallelVae:
-    """A VAE whose rows are shared out; made by `parallelize_vae`. Every rank of the axis makes the same calls."""
+    """A VAE whose rows are shared out; made by `parallelize_vae`. Every rank of the axis makes the same calls, one
+    after the other: the next one gives up a decode that is not finished."""
 
     model: AutoencoderKLWan
     split: RowSplit
+
+    def without_encoder(self) -> "ParallelVae":
+        """The same, its encoder's weights freed."""
+        self.model.encoder = self.model.quant_conv = None
+        return self
 
     def decode(self, latents_BCTHW: torch.Tensor) -> Iterator[torch.Tensor]:
         """This rank's rows of the video, `[B, 3, t, h, W]` in [-1, 1] in the VAE's dtype, one latent frame at a time:
@@ -68,7 +74,6 @@ class ParallelVae:
         hidden = vae.post_quant_conv(latents_BCTHW[..., begin:end, :].to(weight.device, weight.dtype))
         cache: list[Any] = [None] * vae._cached_conv_counts["decoder"]  # of this call: none is left by a failed one
         for index, frame in enumerate(hidden.split(1, dim=2)):
-            split.share(latents_BCTHW.shape[3])  # another request may have come between two frames
             video = vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
             if vae.config.patch_size is not None:
                 video = unpatchify(video, patch_size=vae.config.patch_size)
@@ -173,6 +178,9 @@ def _split_resample(resample: WanResample, split: RowSplit) -> None:
     if isinstance(resample.resample, torch.nn.Identity):
         return
     before, conv = resample.resample
+    if isinstance(conv, _SplitConv2d):  # taught before, for another mesh
+        conv.split = split
+        return
     if isinstance(before, torch.nn.ZeroPad2d):
         left, right, above, below = before.padding
         resample.resample[0] = torch.nn.Identity()
@@ -189,7 +197,7 @@ class _SplitAttentionBlock(WanAttentionBlock):
     split: RowSplit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.split.working == 1:
+        if self.split.working <= 1:
             return super().forward(x)
         with _GatheredKeys(self.split):
             return super().forward(x)

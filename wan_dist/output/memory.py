@@ -2,6 +2,7 @@
 files), and what is free."""
 
 import ctypes
+import gc
 import os
 import re
 import resource
@@ -51,6 +52,14 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def return_device_memory(device: torch.device) -> None:
+    """Free what only cycles of references hold, and give a GPU back what torch keeps of it for later: others than torch
+    allocate there too, NCCL at the first message between two ranks."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -14,8 +14,8 @@ from wan_dist.loading.weights import from_files, on_every_rank
 from wan_dist.output.record import RankReport
 from wan_dist.pipeline.generate import finish_run
 from wan_dist.pipeline.plan import plan_rows
-from wan_dist.pipeline.run import Run, latent_shape, run_mesh
-from wan_dist.pipeline.video import load_vae, wants_pixels, write_latents, write_video
+from wan_dist.pipeline.run import Run, latent_shape, run_mesh, wants_pixels
+from wan_dist.pipeline.video import load_vae, write_latents, write_video
 from wan_dist.topology import RankEnv
 
 
@@ -37,7 +37,7 @@ def decode(config: Config, env: RankEnv, device: torch.device, report: RankRepor
             vae = load_vae(run, weights)
         write_latents(run, latents)
         write_video(run, vae, latents)
-        files = finish_run(run, plan_rows(run, [], ["vae"], share_text_encoder=False))
+        files = finish_run(run, plan_rows(run, [], ["vae"] if wants_pixels(run) else [], share_text_encoder=False))
         del run, vae, mesh
     return files
 

@@ -5,7 +5,6 @@ where FSDP shards the encoder); all ranks denoise together; those that have rows
 together, and the first one writes what they send it.
 """
 
-import gc
 import time
 from functools import partial
 from pathlib import Path
@@ -19,15 +18,16 @@ from wan_dist.loading.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from wan_dist.loading.components import match_image_encoder, match_text_encoder, match_vae
 from wan_dist.loading.weights import MatchedWeights, from_files, on_every_rank
 from wan_dist.log import logger
+from wan_dist.output.memory import return_device_memory
 from wan_dist.output.names import output_path
 from wan_dist.output.progress import Progress
 from wan_dist.output.record import RankReport, write_record
 from wan_dist.pipeline.experts import load_experts, match_experts
 from wan_dist.pipeline.images import encode_condition
 from wan_dist.pipeline.plan import plan_rows
-from wan_dist.pipeline.run import Run, latent_shape, run_mesh
+from wan_dist.pipeline.run import Run, latent_shape, run_mesh, wants_pixels
 from wan_dist.pipeline.text import encode_text, text_encoder_needs_sharding
-from wan_dist.pipeline.video import finish, load_vae, wants_pixels, write_latents, write_video
+from wan_dist.pipeline.video import finish, load_vae, write_latents, write_video
 from wan_dist.planning.video_shape import ModelShape
 from wan_dist.sampling.denoise import Predict, denoise, initial_noise
 from wan_dist.sampling.schedule import Step
@@ -51,16 +51,18 @@ def generate(config: Config, env: RankEnv, device: torch.device, report: RankRep
         plan = plan_rows(run, list(experts), list(others), share_text_encoder)
         with report.timed("encode"):
             text = encode_text(run, others.pop("text_encoder", None), share_text_encoder)
-            if share_text_encoder:
-                gc.collect()  # FSDP's modules and states refer to each other
+            return_device_memory(device)
             vae = load_vae(run, others.pop("vae", None)) if config.image is not None else None
             condition = encode_condition(run, others.pop("image_encoder", None), vae)
+            if vae is not None:
+                vae = vae.without_encoder() if wants_pixels(run) else None
+            return_device_memory(device)
         with report.timed("load"):
             predict = load_experts(run, experts, text, condition)
         with report.timed("denoise"):
             latents = condition.finish(_denoise(run, scheduler, predict))
         del predict  # the experts' memory is the VAE's from here on
-        gc.collect()
+        return_device_memory(device)
         write_latents(run, latents)
         if wants_pixels(run):
             if config.image is None:

@@ -76,7 +76,8 @@ def _pixels(run: Run, images: list[Any], count: int) -> torch.Tensor:
     assert video.height and video.width, "resolved before"
     pixels = torch.empty(count, 3, video.height, video.width, device=run.device)
     if run.is_first:
-        pixels.copy_(image_encoder.pixels(images, video.height, video.width))
+        stride = run.checkpoint.configs["vae"].get("scale_factor_spatial", 8)
+        pixels.copy_(image_encoder.pixels(images, video.height, video.width, stride))
     return broadcast(world, pixels)
 
 

@@ -1,6 +1,6 @@
 """Where each component lived, and why: the `plan` of the run record."""
 
-from wan_dist.pipeline.run import Run
+from wan_dist.pipeline.run import Run, wants_pixels
 
 
 def plan_rows(run: Run, experts: list[str], others: list[str], share_text_encoder: bool) -> list[dict[str, str]]:
@@ -28,6 +28,8 @@ def plan_rows(run: Run, experts: list[str], others: list[str], share_text_encode
 def _vae(run: Run) -> tuple[str, str]:
     working = min(run.vae_mesh["vae"].size, run.latent_shape[3])
     where = "on rank 0" if working == 1 else f"on {working} ranks, each with its rows of the {run.latent_shape[3]}"
-    if run.config.image is not None and run.config.task == "generate":
-        return "resident", f"{where}; it encodes the images and stays for decoding"
-    return "component", f"{where}, loaded when the latents are there"
+    if run.config.image is None or run.config.task != "generate":
+        return "component", f"{where}, loaded when the latents are there"
+    if not wants_pixels(run):
+        return "component", f"{where} while it encodes the images, freed before the transformer is loaded"
+    return "resident", f"{where}; it encodes the images, and its decoder stays for the latents"

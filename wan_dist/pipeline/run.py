@@ -18,6 +18,8 @@ from wan_dist.planning.video_shape import ModelShape
 from wan_dist.sampling.schedule import Step
 from wan_dist.topology import RankEnv
 
+PIXEL_FORMATS = ("mp4", "frames")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -58,6 +60,11 @@ class Run:
         """Whether this rank has latent rows of its own, and so needs a VAE."""
         axis = self.vae_mesh["vae"]
         return self.is_first or 0 < axis.rank < self.latent_shape[3]
+
+
+def wants_pixels(run: Run) -> bool:
+    """Whether anything asked for has to be decoded."""
+    return bool(set(PIXEL_FORMATS) & set(run.config.output.formats))
 
 
 def latent_shape(config: Config, checkpoint: Checkpoint) -> tuple[int, ...]:

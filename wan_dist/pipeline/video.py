@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from wan_dist.distributed.collectives import barrier, wait_for_first
+from wan_dist.distributed.collectives import wait_for_first
 from wan_dist.layers.memory_format import wants_channels_last
 from wan_dist.loading.latents import FPS, MODEL
 from wan_dist.loading.weights import MatchedWeights, fill, on_every_rank
@@ -17,14 +17,7 @@ from wan_dist.output.files import write_tensor
 from wan_dist.output.names import output_path
 from wan_dist.output.progress import Progress
 from wan_dist.output.video import frames_writer, mp4_writer
-from wan_dist.pipeline.run import Run
-
-_PIXEL_FORMATS = ("mp4", "frames")
-
-
-def wants_pixels(run: Run) -> bool:
-    """Whether anything asked for has to be decoded."""
-    return bool(set(_PIXEL_FORMATS) & set(run.config.output.formats))
+from wan_dist.pipeline.run import PIXEL_FORMATS, Run
 
 
 def load_vae(run: Run, weights: MatchedWeights | None) -> ParallelVae | None:
@@ -37,9 +30,7 @@ def load_vae(run: Run, weights: MatchedWeights | None) -> ParallelVae | None:
         vae = fill(weights, device=run.device, bytes_read=run.report.bytes_read, component="vae")
         return parallelize_vae(vae, run.vae_mesh, channels_last=channels_last)
 
-    vae = on_every_rank(run.mesh.world, load)
-    barrier(run.vae_mesh["vae"])  # NCCL wants one collective of all ranks before messages between some of them
-    return vae
+    return on_every_rank(run.mesh.world, load)
 
 
 def write_latents(run: Run, latents: torch.Tensor) -> None:
@@ -96,7 +87,7 @@ def _writers(run: Run, stack: ExitStack) -> list[Callable[[torch.Tensor], None]]
         "mp4": partial(mp4_writer, _path(run, "mp4"), shape[1:3], video.fps),
         "frames": partial(frames_writer, _path(run, "frames"), shape),
     }
-    return [stack.enter_context(writers[kind]()) for kind in _PIXEL_FORMATS if kind in formats]
+    return [stack.enter_context(writers[kind]()) for kind in PIXEL_FORMATS if kind in formats]
 
 
 def finish(run: Run) -> dict[str, str]:
