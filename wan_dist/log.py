@@ -19,7 +19,7 @@ def rank_log_path(run_dir: Path, rank: int) -> Path:
 def log_to_file(path: Path, rank: int) -> None:
     """Send the log of this rank to `path` (appended), and nowhere else (under torchrun Hydra has set a terminal)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().handlers[:] = [handler]
     logger.setLevel(logging.INFO)

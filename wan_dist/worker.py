@@ -51,7 +51,7 @@ def run_rank(config_path: Path, env: RankEnv) -> NoReturn:
         _run_task(freeze.load(config_path), env, state)
     except BaseException as error:
         code = 1
-        _record_failure(error, env, run_dir, log, state)
+        _record_failure(error, env, config_path, log, state)
     gc.collect()
     for stream in (sys.stdout, sys.stderr):
         _try(stream.flush)
@@ -82,10 +82,11 @@ def _run_task(config: Config, env: RankEnv, state: dict[str, Any]) -> None:
     logger.info("done: %s", outputs)
 
 
-def _record_failure(error: BaseException, env: RankEnv, run_dir: Path, log: Path, state: dict[str, Any]) -> None:
+def _record_failure(error: BaseException, env: RankEnv, config_path: Path, log: Path, state: dict[str, Any]) -> None:
     """Put the failure where the agent (our own, or torchrun's) finds it, and into this rank's log."""
     from wan_dist.distributed.collectives import PeerLostError
     from wan_dist.loading.tensor_files import CheckpointError, RemoteCheckpointError
+    from wan_dist.output.kept_latents import how_to_decode
 
     consequence = isinstance(error, (PeerLostError, RemoteCheckpointError))
     if consequence:
@@ -93,6 +94,9 @@ def _record_failure(error: BaseException, env: RankEnv, run_dir: Path, log: Path
         logger.error("another rank failed: %s", error)
         time.sleep(_WAIT_FOR_AGENT_S)
     error.add_note(f"rank {env.rank} on {env.host}; its log: {log}")
+    advice = how_to_decode(config_path)
+    if advice is not None:
+        error.add_note(advice)
     report = state.get("report")
     failure = {
         "time": time.time(),
@@ -106,7 +110,10 @@ def _record_failure(error: BaseException, env: RankEnv, run_dir: Path, log: Path
         "log": str(log),
     }
     logger.error("failed in phase %s\n%s", failure["phase"], failure["traceback"])
-    _try(lambda: (run_dir / f"failure.rank{env.rank}.json").write_text(json.dumps(failure)))
+    try:
+        (config_path.parent / f"failure.rank{env.rank}.json").write_text(json.dumps(failure))
+    except OSError:  # a full disk, most likely, which may be what failed: then only this tells
+        _try(lambda: print(f"wan-dist: rank {env.rank}: {failure['message']}", file=sys.stderr, flush=True))
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     _try(lambda: get_error_handler().record_exception(error))

@@ -65,7 +65,7 @@ def test_the_latents_are_left_and_no_video(killed):
 def test_what_the_error_says_to_type_makes_the_undisturbed_video(killed, undisturbed):
     folder, said = killed
     (command,) = re.findall("^the latents are kept; to decode them alone: (.*)$", said, re.MULTILINE)
-    done = run([*shlex.split(command), "parallelism=single"], folder.parent)
+    done = run([*shlex.split(command), "runtime.ranks=1"], folder.parent)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(folder / "video.mp4")
     assert files_in(folder) == {

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from wan_dist.agent.inputs import image_file_refusals, take_over_model, take_over_size
+from wan_dist.agent.inputs import image_file_refusals, input_refusals, take_over_model, take_over_request
 from wan_dist.config import freeze
 from wan_dist.config.normalise import normalise_switches
 from wan_dist.config.schema import Config
 from wan_dist.loading.checkpoint import Checkpoint, open_checkpoint, weight_problems
 from wan_dist.loading.source import Source
 from wan_dist.loading.tensor_files import CheckpointError
-from wan_dist.output.names import output_paths
+from wan_dist.output.names import output_paths, temporary_path
 from wan_dist.planning import refusals as rules
 from wan_dist.planning.defaults import resolve, resolve_bench
 from wan_dist.planning.degrees import AXES, choose_degrees, given_degrees, wanted_ranks
@@ -74,17 +74,18 @@ def check(config: Config, invocation: Invocation) -> Checked:
     config.output.dir = str(
         Path(config.output.dir if config.output.dir is not None else invocation.default_dir).absolute()
     )
-    found += _output_dir_refusals(Path(config.output.dir), config.output.name)
+    found += _output_dir_refusals(Path(config.output.dir), config.output.name) + input_refusals(config)
 
     source, heads, guided = None, [], True  # no heads: unknown, and not judged
-    if config.task == "decode" and not _names_model(config, invocation):
-        take_over_model(config)
+    unnamed = config.task == "decode" and not _names_model(config, invocation)
+    found += take_over_model(config) if unnamed else []
+    model_known = invocation.model_known and not (unnamed and config.model.path is None)
     _choose_device(config)
     names_model = config.task != "bench" or (config.bench.kind in ("load", "vae") and _names_model(config, invocation))
     if config.task == "bench":
         resolve_bench(config)
         heads, guided = [count for count in [config.bench.heads or 0] if count > 0], config.bench.guidance
-    if names_model and invocation.model_known:
+    if names_model and model_known:
         source, checkpoint, problems = _open(config, invocation)
         found += problems
         if checkpoint is not None:
@@ -171,10 +172,10 @@ def _request_against_checkpoint(
     guided. Where latents are only decoded, heads and guidance decide nothing."""
     shape = ModelShape.from_configs(checkpoint.transformer_config, checkpoint.configs["vae"])
     if given.task == "decode":
-        return take_over_size(given, resolved, shape), [], True
+        return take_over_request(given, resolved, shape), [], True
     found = rules.video_refusals(resolved.video, shape)
     if given.task == "generate":
-        found += image_refusals(resolved, checkpoint)
+        found += [r for r in image_refusals(resolved, checkpoint) if r.key not in {other.key for other in found}]
     found += rules.sampler_refusals(given, resolved.sampler, checkpoint)
     heads = sorted(
         {ModelShape.from_configs(checkpoint.configs[e], checkpoint.configs["vae"]).heads for e in checkpoint.experts}
@@ -258,7 +259,8 @@ def _output_dir_refusals(directory: Path, name: str) -> list[Refusal]:
             raise NotADirectoryError(f"{nearest} is not a folder")
         with tempfile.TemporaryFile(dir=nearest):
             pass
-        folders = [path for path in output_paths(directory, name) if path.is_dir()]
+        paths = output_paths(directory, name)
+        folders = [path for path in (*paths, *map(temporary_path, paths)) if path.is_dir()]
     except OSError as error:
         return [_output_refusal(directory, error)]
     return [

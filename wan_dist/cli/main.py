@@ -12,12 +12,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from wan_dist.agent.kept_latents import how_to_decode
 from wan_dist.agent.launch import InterruptedRunError, RunFailedError, launch, stopping_signals
 from wan_dist.agent.prepare import Checked, Invocation, check, freeze_run, run_id
 from wan_dist.cli.compose import FAILED, REFUSED, compose_and_run
 from wan_dist.cli.free_text import is_multirun
 from wan_dist.config.schema import Config
+from wan_dist.output.kept_latents import how_to_decode
 from wan_dist.planning.refusal import Refusal, RefusedError
 from wan_dist.topology import RankEnv, rank_env
 
@@ -51,8 +51,8 @@ def _command(arguments: Sequence[str]) -> int:
         try:
             launch(frozen, checked.ranks)
         except (RunFailedError, InterruptedRunError) as error:
-            advice = how_to_decode(frozen)
-            raise type(error)(f"{error}\n{advice}" if advice else str(error)) from None
+            told, advice = str(error), how_to_decode(frozen)
+            raise type(error)(f"{told}\n{advice}" if advice and advice not in told else told) from None
 
     return compose_and_run(arguments, run, default_dir=None, world=None, local_ranks=None)
 

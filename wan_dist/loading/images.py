@@ -55,6 +55,8 @@ def read_image(path: Path) -> Image.Image:
 
 def _check(image: Image.Image) -> None:
     """Refuse what need not be decoded to be refused."""
+    if image.format == "EPS":
+        raise ImageError("is a program that draws (EPS), which is not run; save it as PNG")
     width, height = image.size
     if width * height > _MOST_PIXELS:
         why = f"is too large: {width} x {height} is more than {_MOST_PIXELS} pixels"

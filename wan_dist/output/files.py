@@ -7,23 +7,19 @@ from pathlib import Path
 
 import torch
 
-from wan_dist.output.names import output_paths
+from wan_dist.output.names import output_paths, temporary_path
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
     """Remove temporaries that an earlier run of `name` left when it was killed."""
     for path in output_paths(folder, name):
-        _temporary(path).unlink(missing_ok=True)
-
-
-def _temporary(target: Path) -> Path:
-    return target.with_name(target.name + ".tmp")
+        temporary_path(path).unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic(target: Path) -> Iterator[Path]:
     """A temporary path beside `target`; on leaving it is synced and takes target's name, on failure it is removed."""
-    scratch = _temporary(target)
+    scratch = temporary_path(target)
     try:
         yield scratch
         scratch.chmod(0o666 & ~_umask())  # some writers make private files

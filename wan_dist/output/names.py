@@ -10,6 +10,11 @@ def output_path(folder: Path, name: str, kind: str) -> Path:
     return folder / f"{name}{_SUFFIXES[kind]}"
 
 
+def temporary_path(target: Path) -> Path:
+    """What a file is called until it is whole."""
+    return target.with_name(target.name + ".tmp")
+
+
 def output_paths(folder: Path, name: str) -> list[Path]:
     """The files of all kinds."""
     return [output_path(folder, name, kind) for kind in _SUFFIXES]

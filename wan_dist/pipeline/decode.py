@@ -10,6 +10,7 @@ from wan_dist.config.schema import Config
 from wan_dist.distributed.collectives import broadcast
 from wan_dist.loading.checkpoint import open_checkpoint
 from wan_dist.loading.components import match_vae
+from wan_dist.loading.tensor_files import CheckpointError
 from wan_dist.loading.weights import from_files, on_every_rank
 from wan_dist.output.record import RankReport
 from wan_dist.pipeline.generate import finish_run
@@ -35,9 +36,11 @@ def decode(config: Config, env: RankEnv, device: torch.device, report: RankRepor
         with report.timed("load"):
             latents = _read(run)
             vae = load_vae(run, weights)
-        write_latents(run, latents)
+        spare = write_latents(run, latents)
         write_video(run, vae, latents)
-        files = finish_run(run, plan_rows(run, [], ["vae"] if wants_pixels(run) else [], share_text_encoder=False))
+        files = finish_run(
+            run, plan_rows(run, [], ["vae"] if wants_pixels(run) else [], share_text_encoder=False), spare
+        )
         del run, vae, mesh
     return files
 
@@ -49,7 +52,10 @@ def _read(run: Run) -> torch.Tensor:
     file = Path(str(run.config.latents))
 
     def read() -> torch.Tensor | None:
-        return from_files(file, lambda: load_file(file)["latents"]) if run.is_first else None
+        found = from_files(file, lambda: load_file(file)["latents"]) if run.is_first else None
+        if found is not None and tuple(found.shape) != run.latent_shape:
+            raise CheckpointError(f"{file}: 'latents' has another shape now than when the run started")
+        return found
 
     found = on_every_rank(run.mesh.world, read)
     latents = torch.empty(run.latent_shape, device=run.device)

@@ -27,7 +27,7 @@ from wan_dist.pipeline.images import encode_condition
 from wan_dist.pipeline.plan import plan_rows
 from wan_dist.pipeline.run import Run, latent_shape, run_mesh, wants_pixels
 from wan_dist.pipeline.text import encode_text, text_encoder_needs_sharding
-from wan_dist.pipeline.video import finish, load_vae, write_latents, write_video
+from wan_dist.pipeline.video import load_vae, outputs, write_latents, write_video
 from wan_dist.planning.video_shape import ModelShape
 from wan_dist.sampling.denoise import Predict, denoise, initial_noise
 from wan_dist.sampling.schedule import Step
@@ -63,24 +63,24 @@ def generate(config: Config, env: RankEnv, device: torch.device, report: RankRep
             latents = condition.finish(_denoise(run, scheduler, predict))
         del predict  # the experts' memory is the VAE's from here on
         return_device_memory(device)
-        write_latents(run, latents)
+        spare = write_latents(run, latents)
         if wants_pixels(run):
             if config.image is None:
                 with report.timed("load"):
                     vae = load_vae(run, others.pop("vae", None))
             write_video(run, vae, latents)
-        files = finish_run(run, plan)
+        files = finish_run(run, plan, spare)
         del run, vae, mesh
     return files
 
 
-def finish_run(run: Run, plan: list[dict[str, str]]) -> dict[str, str]:
-    """Gather what the ranks measured; on the first, write the run record and return the files, by kind."""
+def finish_run(run: Run, plan: list[dict[str, str]], spare: Path | None) -> dict[str, str]:
+    """Gather what the ranks measured; on the first, write the run record, remove `spare` and return the files, by
+    kind."""
     ranks = gather_objects(run.mesh.world, run.report.as_dict(run.mesh.traffic))
     if not run.is_first:
         return {}
-    outputs = finish(run)
-    config = run.config
+    config, files = run.config, outputs(run)
     record = output_path(Path(str(config.output.dir)), config.output.name, "record")
     write_record(
         record,
@@ -88,10 +88,12 @@ def finish_run(run: Run, plan: list[dict[str, str]]) -> dict[str, str]:
         fingerprint=fingerprint(run.checkpoint),
         plan=plan,
         report=run.report,
-        outputs=outputs,
+        outputs=files,
         ranks=ranks,
     )
-    return {**outputs, "record": str(record)}
+    if spare is not None:
+        spare.unlink(missing_ok=True)
+    return {**files, "record": str(record)}
 
 
 def _open(config: Config, device: torch.device) -> tuple[Checkpoint, Any, list[Step]]:

@@ -9,7 +9,7 @@ import torch
 
 from wan_dist.distributed.collectives import wait_for_first
 from wan_dist.layers.memory_format import wants_channels_last
-from wan_dist.loading.latents import FPS, MODEL
+from wan_dist.loading.latents import origin_metadata
 from wan_dist.loading.weights import MatchedWeights, fill, on_every_rank
 from wan_dist.models.wan_latents import decode_frames
 from wan_dist.models.wan_vae import ParallelVae, parallelize_vae
@@ -33,14 +33,17 @@ def load_vae(run: Run, weights: MatchedWeights | None) -> ParallelVae | None:
     return on_every_rank(run.mesh.world, load)
 
 
-def write_latents(run: Run, latents: torch.Tensor) -> None:
-    """Before anything is decoded, so that a failure there costs the decoding alone. Latents that were given are not
-    written again, unless they are asked for."""
-    safety_copy = run.config.output.keep_latents and run.config.task == "generate"
-    if run.is_first and (safety_copy or "latents" in run.config.output.formats):
+def write_latents(run: Run, latents: torch.Tensor) -> Path | None:
+    """Before anything is decoded, so that a failure there costs the decoding alone; latents that were given are not
+    written again, unless they are asked for. Returns the file to remove when all is well: one that nobody asked for and
+    that takes no other's place."""
+    asked_for, file = "latents" in run.config.output.formats, _path(run, "latents")
+    safety_copy = run.config.output.keep_latents and run.config.task == "generate" and not asked_for
+    replaces = file.exists()
+    if run.is_first and (safety_copy or asked_for):
         with run.report.timed("write"):
-            metadata = {MODEL: str(run.config.model.path), FPS: str(run.config.video.fps)}
-            write_tensor(_path(run, "latents"), "latents", latents.float(), metadata)
+            write_tensor(file, "latents", latents.float(), origin_metadata(run.config))
+    return file if safety_copy and not replaces else None
 
 
 def write_video(run: Run, vae: ParallelVae | None, latents: torch.Tensor) -> None:
@@ -90,12 +93,9 @@ def _writers(run: Run, stack: ExitStack) -> list[Callable[[torch.Tensor], None]]
     return [stack.enter_context(writers[kind]()) for kind in PIXEL_FORMATS if kind in formats]
 
 
-def finish(run: Run) -> dict[str, str]:
-    """Remove the latents that were kept for safety alone; returns the files written, by kind."""
-    formats = run.config.output.formats
-    if "latents" not in formats and run.config.output.keep_latents and run.config.task == "generate":
-        _path(run, "latents").unlink()
-    return {kind: str(_path(run, kind)) for kind in formats}
+def outputs(run: Run) -> dict[str, str]:
+    """The files that were asked for, by kind."""
+    return {kind: str(_path(run, kind)) for kind in run.config.output.formats}
 
 
 def _path(run: Run, kind: str) -> Path:

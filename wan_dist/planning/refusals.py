@@ -105,8 +105,6 @@ def request_refusals(config: Config) -> list[Refusal]:
         found.append(Refusal("prompt", None, "task=generate needs a prompt", 'give one: prompt="a cat surfing"'))
     if config.task == "decode" and config.latents is None:
         found.append(Refusal("latents", None, "task=decode needs latents", "give the file: latents=FILE"))
-    if config.task != "decode" and config.latents is not None:
-        found.append(Refusal("latents", config.latents, "only task=decode reads latents", "leave it out"))
     for key in ("prompt", "negative_prompt"):
         text = getattr(config, key)
         if text is not None and not _is_unicode(text):

@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 from wan_dist.config import freeze
+from wan_dist.config.schema import Config
 from wan_dist.output.names import output_path
 
 
@@ -29,5 +30,14 @@ def how_to_decode(frozen: Path) -> str | None:
         f"output.dir={output.dir}",
         f"output.name={output.name}",
         f"output.formats=[{','.join(pixels)}]",
+        f"runtime.ranks={config.runtime.ranks}",
     ]
+    usual = Config()
+    for key, value, default in (
+        ("runtime.vae_dtype", config.runtime.vae_dtype, usual.runtime.vae_dtype),
+        ("runtime.vae_channels_last", config.runtime.vae_channels_last, usual.runtime.vae_channels_last),
+        ("runtime.timeout_s", config.runtime.timeout_s, usual.runtime.timeout_s),
+        ("parallelism.vae", config.parallelism.vae, "off" if config.runtime.ranks == 1 else "on"),
+    ):
+        words += [f"{key}={value}"] if value != default else []
     return "the latents are kept; to decode them alone: " + shlex.join(["wan-dist", *words])
