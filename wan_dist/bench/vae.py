@@ -181,7 +181,7 @@ class _Bench:
                 torch.cuda.reset_peak_memory_stats(self.device)
             return_free_memory()
             barrier(together)
-            memory, sent = PeakHostMemory(interval_s=0.002), self.mesh.traffic.total()
+            memory, sent = PeakHostMemory(), self.mesh.traffic.total()
             start = time.perf_counter()
             work()
             if on_gpu:

@@ -147,7 +147,10 @@ class _SplitCausalConv3d(WanCausalConv3d):
             pad_rows = rows
         else:
             x, pad_rows = match_conv3d_input_format(x, self.weight), rows
-        return F.conv3d(x, weight, self.bias, self.stride, (0, pad_rows, columns), self.dilation, self.groups)
+        if x.shape[2] == weight.shape[2] == 1:  # a frame by itself: 2-D kernels are the better ones
+            image, weight, padding = x[:, :, 0], weight[:, :, 0], (pad_rows, columns)
+            return F.conv2d(image, weight, self.bias, self.stride[1:], padding).unsqueeze(2)
+        return F.conv3d(x, weight, self.bias, self.stride, (0, pad_rows, columns))
 
 
 class _SplitConv2d(torch.nn.Conv2d):
