@@ -161,6 +161,7 @@ def test_what_a_run_reads_it_neither_writes_nor_removes(tmp_path, tiny):
     for latents, formats in (("clip.latents.safetensors", ["mp4", "latents"]), ("clip.mp4.tmp", ["frames"])):
         ((key, why),) = refusals(tmp_path, tiny, latents=str(tmp_path / latents), formats=formats, **decode)
         assert key == "latents" and f"writes (or removes) {latents} itself" in why
+    assert [key for key, _ in refusals(tmp_path, tiny, formats=["gif"])] == ["output.formats"]
     (tmp_path / "link").symlink_to(tmp_path)
     found = refusals(tmp_path, tiny, image=str(tmp_path / "link" / "clip.mp4"), name="clip")
     assert ("image", "this run writes (or removes) clip.mp4 itself") in found

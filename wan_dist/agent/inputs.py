@@ -6,7 +6,7 @@ from pathlib import Path
 from wan_dist.config.schema import Config
 from wan_dist.loading.latents import LatentsFile, describe_latents
 from wan_dist.loading.tensor_files import CheckpointError
-from wan_dist.output.names import output_path, output_paths, temporary_path
+from wan_dist.output.names import KINDS, output_path, output_paths, temporary_path
 from wan_dist.planning.refusal import Refusal
 from wan_dist.planning.video_shape import ModelShape
 
@@ -38,7 +38,8 @@ def input_refusals(config: Config) -> list[Refusal]:
     for tasks that read none. `output.dir` is resolved."""
     folder, output = Path(str(config.output.dir)), config.output
     kinds = {"record", *output.formats, *(["latents"] if config.task == "generate" else [])}
-    written = {path.resolve(): path for path in (output_path(folder, output.name, kind) for kind in sorted(kinds))}
+    known = kinds.intersection(KINDS)  # another format is refused elsewhere
+    written = {path.resolve(): path for path in (output_path(folder, output.name, kind) for kind in sorted(known))}
     written |= {temporary_path(path).resolve(): temporary_path(path) for path in output_paths(folder, output.name)}
     found = []
     for key in ("image", "last_image", "latents"):

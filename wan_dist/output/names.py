@@ -4,6 +4,8 @@ from pathlib import Path
 
 _SUFFIXES = {"mp4": ".mp4", "frames": ".frames.safetensors", "latents": ".latents.safetensors", "record": ".json"}
 
+KINDS = tuple(_SUFFIXES)
+
 
 def output_path(folder: Path, name: str, kind: str) -> Path:
     """The file of one kind: `mp4`, `frames`, `latents` or `record`."""
