@@ -9,6 +9,8 @@ LIGHT = {
     "wan_dist": (*HEAVY, "hydra", "omegaconf", "yaml", "huggingface_hub"),
     "wan_dist.planning.refusals, wan_dist.planning.degrees, wan_dist.planning.defaults": (*HEAVY, "hydra"),
     "wan_dist.distributed.shard_conditions, wan_dist.planning.room, wan_dist.loading.sizes": (*HEAVY, "hydra"),
+    "wan_dist.models.architecture, wan_dist.loading.published, wan_dist.planning.weights": (*HEAVY, "hydra"),
+    "wan_dist.planning.traffic, wan_dist.planning.cost": (*HEAVY, "hydra"),
     "wan_dist.config.freeze, wan_dist.config.store, wan_dist.config.normalise": (*HEAVY, "hydra"),
     "wan_dist.cli.main, wan_dist.cli.overrides": (*HEAVY, "huggingface_hub"),
 }

@@ -8,22 +8,16 @@ computed another way (GELU: 1e-7 apart), so rows are added until the elements fi
 widths of the published models do that by themselves. GPU kernels work on fixed tiles and need none of this.
 """
 
-from math import gcd
-
 import torch
 import torch.nn.functional as F
 
-_ROWS = 4
-_ELEMENTS = 256  # 16 lanes of AVX-512, unrolled, for a few threads
+from wan_dist.layers.cpu_rows import ROWS, cpu_rows
 
 
 def rows_for(count: int, width: int, device: torch.device) -> int:
-    """The number of rows to compute with where `count` are wanted and the activation is `width` wide: on a CPU at
-    least four, and so many that `rows * width` is a multiple of 256."""
-    if device.type != "cpu":
-        return count
-    step = _ELEMENTS // gcd(width, _ELEMENTS)
-    return max(-(-count // step) * step, _ROWS)
+    """The number of rows to compute with where `count` are wanted and the activation is `width` wide: see `cpu_rows`;
+    on other devices as many as are wanted."""
+    return cpu_rows(count, width) if device.type == "cpu" else count
 
 
 def pad_rows(x_BL: torch.Tensor, rows: int) -> torch.Tensor:
@@ -35,4 +29,4 @@ def pad_rows(x_BL: torch.Tensor, rows: int) -> torch.Tensor:
 def query_rows(count: int, device: torch.device) -> int:
     """The number of query rows to attend with: a multiple of four on a CPU, whose kernel works on blocks of 32 and
     more and would leave one to three rows for the last."""
-    return -(-count // _ROWS) * _ROWS if device.type == "cpu" else count
+    return -(-count // ROWS) * ROWS if device.type == "cpu" else count
