@@ -2,9 +2,11 @@
 
 import glob
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -57,3 +59,59 @@ def visible_gpus() -> int:
 def usable_cores() -> int:
     """CPU cores this process may run on (its affinity mask, which containers and Slurm narrow)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_per_rank(local_ranks: int, env: Mapping[str, str] = os.environ) -> int:
+    """CPU threads that each of a node's ranks computes with: `OMP_NUM_THREADS`, else its share of the cores."""
+    asked = env.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else max(1, usable_cores() // local_ranks)
+
+
+def free_host_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process and its siblings may still take: what the host has available, or less where a cgroup of
+    this process (a container's, a Slurm job's), at any level, leaves less. None where the system does not say.
+
+    Page cache counts as free, in a cgroup as on the host: the kernel drops it first. root: of the file system.
+    """
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", (root / "proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    limits = [int(found[1]) * 1024] if found else []
+    return min([*limits, *_left_by_cgroups(root)], default=None)
+
+
+def _left_by_cgroups(root: Path) -> list[int]:
+    """What each limiting cgroup above this process leaves; version 2 (`0::/path`) and 1 (`N:memory:/path`)."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    left = []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers not in ("", "memory"):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers
+        names = ("memory.max", "memory.current", "inactive_file", "active_file")
+        if controllers:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file")
+        group = mount / path.strip("/")
+        # In a container the path may be the host's, which is not there: what is mounted is the container's own group.
+        for folder in [group, *group.parents] if group.is_dir() else [mount]:
+            if (bytes_left := _left_by(folder, *names)) is not None:
+                left.append(bytes_left)
+            if folder == mount:
+                break
+    return left
+
+
+def _left_by(group: Path, limit_name: str, used_name: str, *cache_names: str) -> int | None:
+    try:
+        limit = (group / limit_name).read_text().strip()
+        used = int((group / used_name).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        if limit == "max":
+            return None
+        return max(0, int(limit) - used + sum(int(stat.get(name, 0)) for name in cache_names))
+    except (OSError, ValueError):
+        return None

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +24,7 @@ from wan_dist.topology import RankEnv, rank_env
 
 _PR_SET_PDEATHSIG = 1
 _WAIT_FOR_AGENT_S = 10.0
+_SCHEDULERS = {"unipc": "unipc_multistep", "euler": "flow_match_euler_discrete", "dpm++": "dpmsolver_multistep"}
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -68,10 +70,15 @@ def _run_task(config: Config, env: RankEnv, state: dict[str, Any]) -> None:
     else:
         device = torch.device("cpu")
     from wan_dist import bench
+    from wan_dist.output.memory import return_large_tensors_at_once
     from wan_dist.output.record import RankReport
     from wan_dist.pipeline.decode import decode
     from wan_dist.pipeline.generate import generate
 
+    _import_the_rest(config, env)
+    if config.task != "bench" and device.type == "cpu":
+        return_large_tensors_at_once()
+    state["config"] = config
     state["report"] = report = RankReport(env, device)
     if config.task == "bench":
         bench.run(config, env, device)
@@ -82,11 +89,30 @@ def _run_task(config: Config, env: RankEnv, state: dict[str, Any]) -> None:
     logger.info("done: %s", outputs)
 
 
+def _import_the_rest(config: Config, env: RankEnv) -> None:
+    """Import what this rank's part of the task would import in its middle, where diffusers and transformers load a
+    class when it is first asked for: what a rank takes is counted from here on, and that is to be its tensors."""
+    if config.task == "bench":
+        return  # each measures its own work
+    first, names = env.rank == 0, []
+    if config.task == "generate":
+        names.append(f"diffusers.schedulers.scheduling_{_SCHEDULERS[str(config.sampler.solver)]}")
+    if config.task == "generate" and first:
+        names += ["transformers.models.umt5.modeling_umt5", "diffusers.pipelines.wan.pipeline_wan"]
+    if config.image is not None and first:
+        names += ["transformers.models.clip.modeling_clip", "diffusers.pipelines.wan.pipeline_wan_i2v"]
+    if "mp4" in config.output.formats and first:
+        names.append("av")
+    for name in names:
+        import_module(name)
+
+
 def _record_failure(error: BaseException, env: RankEnv, config_path: Path, log: Path, state: dict[str, Any]) -> None:
     """Put the failure where the agent (our own, or torchrun's) finds it, and into this rank's log."""
     from wan_dist.distributed.collectives import PeerLostError
     from wan_dist.loading.tensor_files import CheckpointError, RemoteCheckpointError
     from wan_dist.output.kept_latents import how_to_decode
+    from wan_dist.planning.refusal import RefusedError
 
     consequence = isinstance(error, (PeerLostError, RemoteCheckpointError))
     if consequence:
@@ -98,6 +124,10 @@ def _record_failure(error: BaseException, env: RankEnv, config_path: Path, log: 
     if advice is not None:
         error.add_note(advice)
     report = state.get("report")
+    if _is_out_of_memory(error) and report is not None and report.plan is not None:
+        from wan_dist.planning.advice import out_of_memory_note
+
+        error.add_note(out_of_memory_note(report.plan, state["config"], report.phase, report.peak_bytes()))
     failure = {
         "time": time.time(),
         "rank": env.rank,
@@ -105,7 +135,8 @@ def _record_failure(error: BaseException, env: RankEnv, config_path: Path, log: 
         "phase": report.phase if report else state["phase"],
         "message": f"{type(error).__name__}: {error}",
         "traceback": "".join(traceback.format_exception(error)),
-        "expected": isinstance(error, CheckpointError),
+        "expected": isinstance(error, (CheckpointError, RefusedError)),
+        "refused": isinstance(error, RefusedError),
         "consequence": consequence,
         "log": str(log),
     }
@@ -117,6 +148,13 @@ def _record_failure(error: BaseException, env: RankEnv, config_path: Path, log: 
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     _try(lambda: get_error_handler().record_exception(error))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of a device, or of the host: torch's CPU allocator says so in the words of a RuntimeError only."""
+    import torch
+
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _try(action: Callable[[], Any]) -> None:

@@ -11,6 +11,7 @@ BLOCKS, HEADS, HEAD_DIM, RANKS, FORWARDS, FP32, BF16 = 2, 4, 32, 2, 2, 4, 2
 TOKENS = 1 * (16 // 2) * (16 // 2)
 LATENT_FRAMES, LATENT_ROWS, LATENT_COLUMNS, STRIDE = 2, 1, 4, 8
 WIDTH_14B, BLOCKS_14B, TOKENS_480P, TOKENS_720P = 5120, 2, 32760, 75600
+STREAMED_BLOCKS = 6  # more than the deepest ring has slots
 
 SHAPE = [f"bench.blocks={BLOCKS}", f"bench.heads={HEADS}", f"bench.head_dim={HEAD_DIM}", "bench.ffn=128"]
 SHAPE += ["bench.text_dim=64", "bench.repeats=1"]
@@ -21,6 +22,10 @@ COMMANDS = {
     "vae": [
         *("bench=vae", "model=tiny", f"parallelism.ulysses={RANKS}", "bench.repeats=1"),
         *(f"bench.frames={LATENT_FRAMES}", f"bench.rows={RANKS * LATENT_ROWS}", f"bench.columns={LATENT_COLUMNS}"),
+    ],
+    "offload": [
+        *("bench=offload", *SHAPE, f"bench.blocks={STREAMED_BLOCKS}"),
+        *("bench.frames=1", "bench.rows=16", "bench.columns=16"),
     ],
     "scale": ["bench=scale", f"bench.blocks={BLOCKS_14B}", "bench.worlds=[8,64]"],
     "scale sharded": [
@@ -144,3 +149,31 @@ def test_every_case_of_the_vae_and_what_the_last_rank_sends_more(benches):
     first, last = (rank["bytes_sent"] for rank in lines[2]["by_rank"])
     frames = 4 * (LATENT_FRAMES - 1) + 1
     assert last - first == frames * LATENT_ROWS * STRIDE * LATENT_COLUMNS * STRIDE * 3
+
+
+def test_blocks_that_stay_and_branches_that_share_a_visit_save_copies(benches):
+    """The command itself compares every output with the resident one's, bit for bit."""
+    lines, table, _ = benches["offload"]
+    found = {line["case"]: line for line in lines}
+    streamed = {f"prefetch_{depth}": STREAMED_BLOCKS for depth in (1, 2, 4)}
+    for share, stay in (("quarter", STREAMED_BLOCKS // 4), ("half", STREAMED_BLOCKS // 2)):
+        streamed[f"prefetch_1_{share}_resident"] = STREAMED_BLOCKS - stay
+    streamed["prefetch_1_serial_guidance"] = 2 * STREAMED_BLOCKS
+    copies = {case: line["copies"] for case, line in found.items()}
+    assert copies == {"resident": 0, "group_offload": None, **streamed, "resident_again": 0}
+    assert table.count("\n|") >= len(lines) + 1
+    whole, block = found["resident"]["device_weight_bytes"], found["prefetch_1"]["host_bytes"] // STREAMED_BLOCKS
+    for line in (found[case] for case in streamed):
+        assert line["median_s"] > 0 and line["over_resident"] > 0 and line["over_group_offload"] > 0
+        assert line["copied_bytes"] == line["copies"] * block and line["late"] == 0
+        assert line["host_bytes"] == (STREAMED_BLOCKS - line["resident_blocks"]) * block
+        assert line["device_weight_bytes"] == whole - line["host_bytes"] + (line["prefetch"] + 1) * block
+        of_a_gpu = ("hidden", "predicted_s", "predicted_hidden", "planned_prefetch", "peak_device_bytes")
+        assert {line[key] for key in of_a_gpu} == {None} and line["pinned"] is False
+
+
+@pytest.mark.parametrize("words", ["parallelism.ulysses=2", "runtime.ranks=2"])
+def test_offloading_is_measured_on_one_rank(words, tmp_path):
+    done = wan_dist("task=bench", "bench=offload", words, cwd=tmp_path)
+    assert done.returncode == 2 and f"{words}: bench=offload takes one rank" in done.stderr
+    assert files_in(tmp_path) == set()

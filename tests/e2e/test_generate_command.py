@@ -84,7 +84,7 @@ def test_nothing_else_is_written(cwds):
 def test_run_directory(folders, run, name):
     assert [path.name for path in (folders[run] / ".run").iterdir()] == [name]
     run_dir = folders[run] / ".run" / name
-    assert sorted(path.name for path in run_dir.iterdir()) == ["config.yaml", "rank0.log", "rank1.log"]
+    assert sorted(path.name for path in run_dir.iterdir()) == ["config.yaml", "plan.txt", "rank0.log", "rank1.log"]
     for rank in (0, 1):
         assert f"rank {rank} of 2" in (run_dir / f"rank{rank}.log").read_text()
 

@@ -92,21 +92,29 @@ def test_ranks_with_nothing_to_decode_wait_as_long_as_it_takes(tmp_path, tiny):
 
 
 def transformers_while_decoding(env, config) -> int:
-    """How many transformers are there when decoding begins."""
-    seen, write_video = [], screen.write_video
+    """How many transformers are there when decoding begins, more than before the run."""
+    seen, write_video = [-_transformers()], screen.write_video
 
     def watched(*args):
-        seen.append(sum(isinstance(thing, WanTransformer3DModel) for thing in gc.get_objects()))
+        seen.append(_transformers())
         write_video(*args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(screen, "write_video", watched)
         run_generation(env, config)
-    return seen[0]
+    return sum(seen)
 
 
-@pytest.mark.parametrize("fsdp", ["off", "on"])
-def test_the_experts_are_gone_when_decoding_begins(tmp_path, checkpoints, fsdp):
+def _transformers() -> int:
+    return sum(isinstance(thing, WanTransformer3DModel) for thing in gc.get_objects())
+
+
+def test_the_experts_are_gone_when_decoding_begins_unless_they_are_resident(tmp_path, checkpoints):
     path = checkpoints(experts=2, boundary_ratio=0.9)
-    config = frozen(tmp_path, path, **{**TWO_ROWS, "parallelism.ulysses": 2, "parallelism.fsdp.enabled": fsdp})
-    assert run_cases(2, transformers_while_decoding, [(config,)]) == [[0, 0]]
+    expected = {"resident": 2, "component": 0, "layerwise": 0, "fsdp": 0}
+    configs = []
+    for how in expected:
+        order = {"parallelism.fsdp.enabled": "on"} if how == "fsdp" else {"offload.transformer": how}
+        configs.append(frozen(tmp_path, path, **TWO_ROWS, **order, **{"parallelism.ulysses": 2, "output.name": how}))
+    found = run_cases(2, transformers_while_decoding, [(config,) for config in configs])
+    assert found == [[count, count] for count in expected.values()]

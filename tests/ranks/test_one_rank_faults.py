@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from support.ranks import frozen, generate, run_cases, run_generation, run_ranks
+from support.ranks import frozen, generate, run_cases, run_generation, run_ranks, text_encoder_divided
 from support.sharded import mesh_of
 from wan_dist.distributed.collectives import PeerLostError, all_reduce, pass_on
 from wan_dist.loading.tensor_files import CheckpointError, RemoteCheckpointError
@@ -78,13 +78,11 @@ def preadv_that_fails(component: str, ends: bool):
 def generate_with_one_bad_disk(env, config, bad: int, component: str, ends: bool) -> tuple[type, str, float]:
     """What `generate` raises where reading `component` fails on one rank alone, and after how many seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "wan_dist.pipeline.text.free_bytes", lambda _device: 1 if component == "text_encoder" else 1 << 40
-        )
         if env.rank == bad:
             patch.setattr(os, "preadv", preadv_that_fails(component, ends))
         start = time.monotonic()
-        with pytest.raises(CheckpointError) as caught:
+        divided = component == "text_encoder" and config.parallelism.fsdp.enabled == "on"
+        with text_encoder_divided() if divided else contextlib.nullcontext(), pytest.raises(CheckpointError) as caught:
             run_generation(env, config)
         took = time.monotonic() - start
     dist.destroy_process_group()

@@ -1,9 +1,10 @@
-"""A text encoder that does not fit one device is run by all ranks together, from shards: the same embeddings, from half
-the bytes. One rank's want of room decides for all."""
+"""A text encoder that the plan divides is run by all ranks together, from shards: the same embeddings, from half the
+bytes. What the rank with the least room has decides for all."""
 
 import gc
 import json
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from support.ranks import frozen, run_cases, run_generation, run_ranks
+from support.ranks import frozen, run_cases, run_generation, run_ranks, text_encoder_divided
+from support.sharded import CPU, mesh_of
 from wan_dist.pipeline import generate as screen
-from wan_dist.pipeline import text
+from wan_dist.pipeline import plan, text
+from wan_dist.planning.footprint import Machine
 
 FSDP = {"parallelism.fsdp.enabled": "on"}
 BF16 = {"runtime.dtype": "bfloat16"}
@@ -27,22 +30,20 @@ CASES = [
 ]
 
 
-def generate_with_little_room(env, config, poor: int | None) -> dict[str, str]:
-    """A generation where rank `poor` finds no room at all and the others find plenty."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wan_dist.pipeline.text.free_bytes", lambda _device: 1 if env.rank == poor else 1 << 40)
+def generate_divided(env, config, divided: bool) -> dict[str, str]:
+    with text_encoder_divided() if divided else nullcontext():
         return run_generation(env, config)
 
 
-def runs(folder: Path, path: Path, requests: list[tuple[dict, int | None]]) -> list[tuple[torch.Tensor, dict]]:
-    """Latents and record for settings and a poor rank; all requests on equally many ranks."""
+def runs(folder: Path, path: Path, requests: list[tuple[dict, bool]]) -> list[tuple[torch.Tensor, dict]]:
+    """Latents and record for settings and whether the encoder is divided; all requests on equally many ranks."""
     configs = [
         frozen(folder, path, **{"parallelism.cfg": 1, "output.name": f"video{number}", **settings})
         for number, (settings, _) in enumerate(requests)
     ]
     (ranks,) = {int(config.runtime.ranks) for config in configs}
-    cases = [(config, poor) for config, (_, poor) in zip(configs, requests, strict=True)]
-    outputs = [by_rank[0] for by_rank in run_cases(ranks, generate_with_little_room, cases)]
+    cases = [(config, divided) for config, (_, divided) in zip(configs, requests, strict=True)]
+    outputs = [by_rank[0] for by_rank in run_cases(ranks, generate_divided, cases)]
     return [
         (load_file(files["latents"])["latents"], json.loads(Path(files["record"]).read_text())) for files in outputs
     ]
@@ -63,11 +64,10 @@ def test_it_gives_the_same_video_from_a_share_of_the_bytes_each(tmp_path, tiny, 
     cases = [case for case in CASES if torch.Size(
         [degree for key, degree in case[0].items() if key.count(".") == 1 and key.startswith("parallelism")]
     ).numel() == ranks]  # fmt: skip
-    poor = ranks - 1
-    results = iter(runs(tmp_path, tiny, [(settings, who) for settings, _ in cases for who in (None, poor)]))
+    results = iter(runs(tmp_path, tiny, [(settings, how) for settings, _ in cases for how in (False, True)]))
     for settings, shards in cases:
         (latents, record), (shared_latents, shared_record) = next(results), next(results)
-        assert placement(record) == "component" and bytes_read(record) == [whole] + [0] * (ranks - 1)
+        assert placement(record) == "resident" and bytes_read(record) == [whole] + [0] * (ranks - 1)
         assert placement(shared_record) == "fsdp"
         assert torch.equal(shared_latents, latents), settings
         read = bytes_read(shared_record)
@@ -75,9 +75,15 @@ def test_it_gives_the_same_video_from_a_share_of_the_bytes_each(tmp_path, tiny, 
         assert max(read) <= 1.1 * whole / shards, settings
 
 
-def test_without_fsdp_it_is_not_sharded(tmp_path, tiny):
-    ((_, record),) = runs(tmp_path, tiny, [({"parallelism.ring": 2}, 1)])
-    assert placement(record) == "component"
+def machine_with_uneven_ranks(env) -> Machine:
+    with mesh_of(env, ulysses=env.world_size) as mesh, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "free_host_memory", lambda: 100 + 10 * (env.rank - 1) ** 2)
+        patch.setattr(plan, "machine_identity", lambda: "a" if env.rank < 2 else "b")
+        return plan.common_machine(mesh, CPU, 5e9)
+
+
+def test_every_rank_plans_for_the_least_that_any_has():
+    assert run_ranks(3, machine_with_uneven_ranks) == [Machine("cpu", None, 100, 2)] * 3
 
 
 def encoder_after_encoding(env, config) -> tuple[bool, bool]:
@@ -95,8 +101,7 @@ def encoder_after_encoding(env, config) -> tuple[bool, bool]:
         seen.append(encoders[0]() is not None)
         return load_experts(*args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "free_bytes", lambda _device: 1)
+    with pytest.MonkeyPatch.context() as patch, text_encoder_divided():
         patch.setattr(text, "encode_prompts", watched_encode)
         patch.setattr(screen, "load_experts", watched_load)
         gc.disable()

@@ -10,7 +10,9 @@ import tempfile
 import time
 import traceback
 import unittest.mock
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from wan_dist.config.schema import Config
 from wan_dist.distributed import process_group
 from wan_dist.output import record
 from wan_dist.output.memory import PeakHostMemory
+from wan_dist.pipeline import plan
 from wan_dist.pipeline.decode import decode
 from wan_dist.pipeline.generate import generate as generate_video
 from wan_dist.topology import RankEnv
@@ -123,6 +126,20 @@ def run_generation(env: RankEnv, config: Config) -> dict[str, str]:
     with unittest.mock.patch.object(record, "PeakHostMemory", _one_sampler):  # a real rank has one for its one run
         report = record.RankReport(env, device)
     return (decode if config.task == "decode" else generate_video)(config, env, device, report)
+
+
+@contextmanager
+def text_encoder_divided() -> Iterator[None]:
+    """Where FSDP is on, a plan that divides the text encoder too, as if it did not fit."""
+    place = plan.place_or_refuse
+
+    def divided(*args: Any) -> Any:
+        found = place(*args)
+        rows = [replace(p, how="fsdp") if p.component == "text_encoder" else p for p in found.placements]
+        return replace(found, placements=tuple(rows))
+
+    with unittest.mock.patch.object(plan, "place_or_refuse", divided):
+        yield
 
 
 @functools.cache

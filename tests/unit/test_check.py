@@ -146,7 +146,7 @@ def test_schedulers_that_no_seed_decides_or_no_pipeline_feeds(reasons, tmp_path,
 
 @pytest.mark.parametrize(("scale", "cfg", "ring"), [(5.0, 2, 2), (1.0, 1, 4)])
 def test_auto_takes_every_rank_the_ring_those_beyond_the_heads(checked, monkeypatch, scale, cfg, ring):
-    monkeypatch.setattr("wan_dist.agent.prepare.DEFAULT_CPU_RANKS", 32)
+    monkeypatch.setattr("wan_dist.agent.room.DEFAULT_CPU_RANKS", 32)
     result = checked(**SMALL, **{"sampler.guidance_scale": scale})
     degrees = result.config.parallelism
     assert (degrees.cfg, degrees.ring, degrees.ulysses, degrees.tp, result.ranks) == (cfg, ring, 8, 1, 32)

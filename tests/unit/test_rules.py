@@ -22,13 +22,10 @@ BAD_VALUES = {
     "bench.head_dim": [7], "sampler.boundary_ratio": [float("-inf")], "model.recipe.steps": [0],
 }  # fmt: skip
 NOT_YET = {
-    "task": "plan", "parallelism.dp": 2, "offload.mode": "speed", "offload.transformer": "layerwise",
-    "offload.text_encoder": "resident", "offload.image_encoder": "resident", "offload.vae": "resident",
-    "offload.prefetch": "2", "offload.resident_blocks": "4", "output.checkpoint_every": 5, "output.resume": "auto",
+    "task": "verify", "parallelism.dp": 2, "output.checkpoint_every": 5, "output.resume": "auto",
     "output.preview": True, "runtime.stall_timeout_s": 5.0, "runtime.compile": True,
     "runtime.profile": True, "runtime.deterministic": True,
     "launch.nodes": 2, "launch.node_rank": 1, "launch.head": "a", "launch.port": 29500,
-    "plan.ranks": 8, "plan.nodes": 2, "plan.device_memory_gb": 24.0, "plan.host_memory_gb": 64.0,
 }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def input_refusals(config: Config) -> list[Refusal]:
         given = getattr(config, key)
         if given is None:
             continue
-        if config.task != ("decode" if key == "latents" else "generate"):
+        if config.task not in (("decode",) if key == "latents" else ("generate", "plan")):
             task = "decode" if key == "latents" else "generate"
             found.append(Refusal(key, given, f"only task={task} reads it", "leave it out"))
         elif (target := written.get(Path(given).resolve())) is not None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from wan_dist.log import rank_log_path
-from wan_dist.topology import usable_cores
+from wan_dist.output.names import PLAN_FILE
+from wan_dist.topology import threads_per_rank
 
 _CRASHES = tuple(-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
 _SHUTDOWN_S = 5  # ranks that ignore SIGTERM are killed after this
@@ -21,6 +22,10 @@ _SHUTDOWN_S = 5  # ranks that ignore SIGTERM are killed after this
 
 class RunFailedError(RuntimeError):
     """A rank failed; the message is what the user needs to see. Picklable, unlike torch's ChildFailedError."""
+
+
+class RunRefusedError(RunFailedError):
+    """The ranks found that the configuration cannot run on their devices; nothing was read or written."""
 
 
 class InterruptedRunError(KeyboardInterrupt):
@@ -71,7 +76,9 @@ def launch(config_path: Path, ranks: int) -> None:
             raise InterruptedRunError(f"stopped by {signal.Signals(error.sigval).name}") from None
     if failed:
         run_dir = config_path.parent
-        raise RunFailedError(describe(root_cause([_failure(run_dir, rank, code) for rank, code in failed]), run_dir))
+        cause = root_cause([_failure(run_dir, rank, code) for rank, code in failed])
+        refused = cause.account is not None and cause.account.get("refused")
+        raise (RunRefusedError if refused else RunFailedError)(describe(cause, run_dir))
 
 
 def stopping_signals() -> list[signal.Signals]:
@@ -90,7 +97,7 @@ def _quieten_torch() -> None:
 
 def _rank_variables(ranks: int) -> dict[str, str]:
     """Threads for each rank unless the user said how many; a checkout that is not installed made importable."""
-    variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))}
+    variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_per_rank(ranks)))}
     root = str(Path(__file__).resolve().parents[2])
     if "site-packages" not in root:
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -147,6 +154,14 @@ def root_cause(failures: list[RankFailure]) -> RankFailure:
     return failures[0]
 
 
+def _planned(run_dir: Path) -> str:
+    """What the run had planned, where it came so far."""
+    try:
+        return "\n" + (run_dir / PLAN_FILE).read_text().rstrip()
+    except OSError:
+        return ""
+
+
 def describe(failure: RankFailure, run_dir: Path) -> str:
     """One message: who, where, why, and where to read on."""
     account, log = failure.account, rank_log_path(run_dir, failure.rank)
@@ -154,7 +169,8 @@ def describe(failure: RankFailure, run_dir: Path) -> str:
         end = f"exit code {failure.exit_code}"
         if failure.exit_code < 0:
             end = f"killed by {signal.Signals(-failure.exit_code).name}"
-            end += " (out of memory?)" * (failure.exit_code == -signal.SIGKILL)
+        if failure.exit_code == -signal.SIGKILL:  # most likely by the kernel, for want of memory
+            end += " (out of memory?)" + _planned(run_dir)
         return f"rank {failure.rank} ended without an account: {end}\nits log: {log}"
     head = f"rank {account['rank']} on {account['host']} failed in phase {account['phase']}"
     if account["expected"]:

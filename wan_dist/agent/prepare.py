@@ -7,13 +7,15 @@ from datetime import datetime
 from pathlib import Path
 
 from wan_dist.agent.inputs import image_file_refusals, input_refusals, take_over_model, take_over_request
+from wan_dist.agent.room import best_mesh, contradictions, plan_refusals, ranks_found, room_refusals
 from wan_dist.config import freeze
 from wan_dist.config.normalise import normalise_switches
 from wan_dist.config.schema import Config
 from wan_dist.loading.checkpoint import Checkpoint, open_checkpoint, weight_problems
+from wan_dist.loading.published import published
 from wan_dist.loading.source import Source
 from wan_dist.loading.tensor_files import CheckpointError
-from wan_dist.output.names import output_paths, temporary_path
+from wan_dist.output.names import PLAN_FILE, output_paths, run_folder, temporary_path
 from wan_dist.planning import refusals as rules
 from wan_dist.planning.defaults import resolve, resolve_bench
 from wan_dist.planning.degrees import AXES, choose_degrees, given_degrees, wanted_ranks
@@ -22,8 +24,6 @@ from wan_dist.planning.refusal import Refusal, RefusedError
 from wan_dist.planning.video_shape import ModelShape
 from wan_dist.sampling.schedule import Step, is_guided
 from wan_dist.topology import slurm_step, usable_cores, visible_gpus
-
-DEFAULT_CPU_RANKS = 2
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Checked:
     config: Config
     source: Source | None
     ranks: int
+    checkpoint: Checkpoint | None = None
+    guided: bool = True
 
 
 def run_id(torchrun_id: str | None = None) -> str:
@@ -62,7 +64,7 @@ def run_id(torchrun_id: str | None = None) -> str:
 def run_dir(config: Config) -> Path:
     """Where a run keeps its frozen config and its ranks' logs."""
     assert config.output.dir is not None, "resolved before"
-    return Path(config.output.dir) / ".run" / config.output.name
+    return run_folder(Path(config.output.dir), config.output.name)
 
 
 def check(config: Config, invocation: Invocation) -> Checked:
@@ -74,9 +76,11 @@ def check(config: Config, invocation: Invocation) -> Checked:
     config.output.dir = str(
         Path(config.output.dir if config.output.dir is not None else invocation.default_dir).absolute()
     )
-    found += _output_dir_refusals(Path(config.output.dir), config.output.name) + input_refusals(config)
+    writes = config.task != "plan"
+    found += _output_dir_refusals(Path(config.output.dir), config.output.name) if writes else []
+    found += input_refusals(config)
 
-    source, heads, guided = None, [], True  # no heads: unknown, and not judged
+    source, checkpoint, heads, guided = None, None, [], True  # no heads: unknown, and not judged
     unnamed = config.task == "decode" and not _names_model(config, invocation)
     found += take_over_model(config) if unnamed else []
     model_known = invocation.model_known and not (unnamed and config.model.path is None)
@@ -93,15 +97,15 @@ def check(config: Config, invocation: Invocation) -> Checked:
             more, heads, guided = _request_against_checkpoint(config, resolved, checkpoint)
             found += more
             config = resolved
-    if config.task == "bench" and config.bench.kind == "scale":
-        found += rules.scale_refusals(config.bench, config.parallelism, world=invocation.world)
-        config.runtime.ranks = 1  # the worlds are not run
-    else:
-        found += _place(config, invocation, heads, guided)
+    found += _place(config, invocation, heads, guided, checkpoint if not found else None)
+    if config.task in ("generate", "decode", "plan"):
+        found += contradictions(config, checkpoint)
+    if checkpoint is not None and not found and config.task in ("generate", "decode"):
+        found += room_refusals(config, checkpoint, guided=guided, local_ranks=invocation.local_ranks)
     if found:
         raise RefusedError(found)
     assert config.runtime.ranks is not None, "chosen above"
-    return Checked(config, source, config.runtime.ranks)
+    return Checked(config, source, config.runtime.ranks, checkpoint, guided)
 
 
 def freeze_run(checked: Checked, *, node: int = 0) -> Path:
@@ -124,8 +128,9 @@ def freeze_run(checked: Checked, *, node: int = 0) -> Path:
     directory = run_dir(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for stale in [*directory.glob("rank*.log"), *directory.glob("failure.rank*.json")] if node == 0 else []:
-            stale.unlink()
+        old = [*directory.glob("rank*.log"), *directory.glob("failure.rank*.json"), directory / PLAN_FILE]
+        for stale in old if node == 0 else []:
+            stale.unlink(missing_ok=True)
         frozen = directory / ("config.yaml" if node == 0 else f"config.node{node}.yaml")
         scratch = frozen.with_name(frozen.name + ".tmp")
         scratch.write_text(freeze.to_yaml(config), encoding="utf-8")
@@ -148,7 +153,7 @@ def _open(config: Config, invocation: Invocation) -> tuple[Source, Checkpoint | 
     if not _recipe_applies(config, invocation):
         config.model.name = None
     try:
-        checkpoint = open_checkpoint(source.configs())
+        checkpoint = _known(source) if config.task == "plan" else open_checkpoint(source.configs())
         here = Path(source.name).is_dir() and not source.name.startswith("built:")
         problems = weight_problems(checkpoint, _components(config)) if here else []
         found = [_model_refusal(source.name, problem) for problem in problems]
@@ -158,6 +163,17 @@ def _open(config: Config, invocation: Invocation) -> tuple[Source, Checkpoint | 
     except (CheckpointError, ValueError) as error:
         return source, None, [_model_refusal(source.name, str(error))]
     return source, None if found else checkpoint, found
+
+
+def _known(source: Source) -> Checkpoint:
+    """The checkpoint's configs: those that are here, else what is known of a published one, else the hub's."""
+    known = published(source.name)
+    try:
+        return open_checkpoint(source.configs(ask_hub=known is None))
+    except CheckpointError:
+        if known is None:
+            raise
+        return known
 
 
 def _model_refusal(name: str, problem: str) -> Refusal:
@@ -209,20 +225,39 @@ def _choose_device(config: Config) -> None:
     runtime, plans_for_gpus = config.runtime, config.task == "bench" and config.bench.kind == "scale"
     if plans_for_gpus:
         runtime.device = "cpu"
+    elif config.task == "plan" and config.plan.device_memory_gb is not None:
+        runtime.device = "cuda"
     if runtime.device not in ("cpu", "cuda"):
         runtime.device = "cuda" if visible_gpus() else "cpu"
     runtime.dtype = runtime.dtype or ("bfloat16" if runtime.device == "cuda" or plans_for_gpus else "float32")
 
 
-def _place(config: Config, invocation: Invocation, heads: list[int], guided: bool) -> list[Refusal]:
-    """Choose the mesh, in place; returns what does not fit. heads: of each expert, as far as known."""
+def _place(
+    config: Config, invocation: Invocation, heads: list[int], guided: bool, checkpoint: Checkpoint | None
+) -> list[Refusal]:
+    """Choose the mesh (of a plan and of benchmarks of one rank: the number of ranks), in place; returns what does not
+    fit. heads: of each expert, as far as known. checkpoint: of a request that can run, so far."""
+    bench = config.bench.kind if config.task == "bench" else None
+    if config.task == "plan":
+        return plan_refusals(config, guided=guided, heads=heads)
+    if bench == "scale":
+        config.runtime.ranks = 1  # the worlds are not run
+        return rules.scale_refusals(config.bench, config.parallelism, world=invocation.world)
+    several = rules.one_rank_refusals(config, world=invocation.world) if bench == "offload" else []
+    config.runtime.ranks = 1 if bench == "offload" else config.runtime.ranks
+    return several or _mesh(config, invocation, heads, guided, checkpoint)
+
+
+def _mesh(
+    config: Config, invocation: Invocation, heads: list[int], guided: bool, checkpoint: Checkpoint | None
+) -> list[Refusal]:
+    """The degrees, device and VAE of a run whose ranks hold a mesh between them."""
     runtime, parallelism, world = config.runtime, config.parallelism, invocation.world
     numbers = [*given_degrees(parallelism).values(), *([runtime.ranks] if runtime.ranks is not None else [])]
     if min(numbers, default=1) < 1:
         return []  # outside their limits, which is said elsewhere
     gpus = visible_gpus() if runtime.device == "cuda" else 0
-    found_here = max(gpus, 1) if runtime.device == "cuda" else DEFAULT_CPU_RANKS
-    ranks = wanted_ranks(parallelism, world=world, asked=runtime.ranks, found=found_here)
+    ranks = wanted_ranks(parallelism, world=world, asked=runtime.ranks, found=ranks_found(runtime.device))
     source = "torchrun's world" if world else "runtime.ranks" if runtime.ranks else "the number of ranks"
     degrees, found = choose_degrees(parallelism, ranks, guided=guided, source=source, heads=min(heads, default=0))
     if world and runtime.ranks not in (None, world):
@@ -235,6 +270,8 @@ def _place(config: Config, invocation: Invocation, heads: list[int], guided: boo
     found += rules.device_refusals(
         config, device=runtime.device, gpus=gpus, local_ranks=local_ranks, cores=usable_cores()
     )
+    if checkpoint is not None and not found and config.task == "generate":
+        degrees = best_mesh(config, checkpoint, degrees, guided=guided, ranks=ranks, local_ranks=local_ranks)
     runtime.ranks = ranks
     if parallelism.vae == "auto":
         parallelism.vae = "on" if ranks > 1 else "off"

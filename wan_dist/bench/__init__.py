@@ -20,6 +20,10 @@ def run(config: Config, env: RankEnv, device: torch.device) -> None:
         from wan_dist.bench.vae import bench_vae
 
         bench_vae(config, env, device)
+    elif config.bench.kind == "offload":
+        from wan_dist.bench.offload import bench_offload
+
+        bench_offload(config, device)
     else:
         from wan_dist.bench.step import bench_step
 

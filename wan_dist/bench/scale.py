@@ -7,7 +7,7 @@ alone, so bytes are counted where they are sent, not estimated. Seconds are pred
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -19,19 +19,16 @@ from wan_dist.bench.live_bytes import PeakLiveBytes
 from wan_dist.bench.random_transformer import TransformerShape, random_transformer
 from wan_dist.config.schema import BenchConfig, Config
 from wan_dist.distributed.fsdp import kept_bytes, reshard
-from wan_dist.distributed.mesh import AXES, Axis, Mesh, build_mesh
-from wan_dist.layers.sequence import split_sizes
+from wan_dist.distributed.mesh import AXES, Mesh, build_mesh
 from wan_dist.loading.weights import replicas_of, sharding_of
 from wan_dist.models.text_encoder import MAX_TEXT_TOKENS
 from wan_dist.output.record import source_commit
-from wan_dist.planning.cost import Rates, forward_flops, predicted_step
+from wan_dist.planning.cost import Flops, Rates, forward_flops, predicted_step
 from wan_dist.planning.degrees import choose_degrees
+from wan_dist.planning.traffic import crosses_nodes, first_rank_share, forwards_per_step
 from wan_dist.planning.video_shape import WAN_2_1, parse_video
 from wan_dist.sampling.denoise import guided_prediction
 from wan_dist.sampling.schedule import Step
-
-# Over which axis each collective runs; `all_gather` also joins the two guidance halves, which is a thousandth of it.
-_AXIS_OF = {"all_to_all": "ulysses", "p2p": "ring", "all_reduce": "tp", "all_gather": "sp"}
 
 
 @torch.no_grad()
@@ -90,20 +87,22 @@ def _measure(config: Config, mesh: Mesh, model: Any, video: str) -> dict[str, An
     text = [torch.empty(1, MAX_TEXT_TOKENS, int(bench.text_dim or 0), dtype=dtype) for _ in range(2)]
     timestep, step = torch.tensor([500]), Step(0, 500.0, "transformer", 5.0, bench.guidance)
 
-    def predict(latents: torch.Tensor, timestep: torch.Tensor, _step: Step, branch: int) -> torch.Tensor:
-        return model(latents.to(dtype), timestep, text[branch], return_dict=False)[0]
+    def predict(
+        latents: torch.Tensor, timestep: torch.Tensor, _step: Step, branches: Sequence[int]
+    ) -> list[torch.Tensor]:
+        return [model(latents.to(dtype), timestep, text[branch], return_dict=False)[0] for branch in branches]
 
     reshard(model)  # what the last video left gathered is this one's to gather
     mesh.traffic.clear()
     with PeakLiveBytes() as live:
         guided_prediction(predict, latents, timestep, step, mesh["cfg"])
-    forwards = 2 if bench.guidance and mesh["cfg"].size == 1 else 1
+    degrees = {axis: mesh[axis].size for axis in AXES}
+    forwards = forwards_per_step(degrees, guided=bench.guidance)
     tokens, sent = WAN_2_1.tokens(num_frames, height, width), dict(mesh.traffic)
-    flops = _flops(bench, mesh, tokens)
-    axes = {name: mesh[axis] for name, axis in _AXIS_OF.items()}
-    if mesh.fsdp is not None:
-        axes["fsdp_all_gather"] = mesh.fsdp.shard
-    crosses = {name: _crosses_nodes(axes[name], bench.ranks_per_node) for name in sent}
+    flops = _flops(bench, degrees, tokens)
+    shards = mesh.fsdp.shard.size if mesh.fsdp else 1
+    leaves_node = crosses_nodes(degrees, bench.ranks_per_node, fsdp_shards=shards)
+    crosses = {name: leaves_node[name] for name in sent}
     rates = Rates(*(value * unit for value, unit in zip(_stated(bench).values(), (1e12, 1e12, 1e9, 1e9), strict=True)))
     return {
         "video": video,
@@ -118,28 +117,21 @@ def _measure(config: Config, mesh: Mesh, model: Any, video: str) -> dict[str, An
     }
 
 
-def _flops(bench: BenchConfig, mesh: Mesh, tokens: int) -> Any:
+def _flops(bench: BenchConfig, degrees: dict[str, int], tokens: int) -> Flops:
     """Rank 0's, which has the most of everything that does not divide."""
     assert bench.blocks and bench.heads and bench.head_dim and bench.ffn, "resolved before"
-    ulysses, tp = mesh["ulysses"].size, mesh["tp"].size
-    sizes = split_sizes(tokens, mesh["sp"].size)
+    share = first_rank_share(tokens, bench.heads, degrees)
     return forward_flops(
         blocks=bench.blocks,
         heads=bench.heads,
         head_dim=bench.head_dim,
         ffn=bench.ffn,
         tokens=tokens,
-        rank_tokens=sizes[0],
-        group_tokens=sum(sizes[:ulysses]),
-        group_heads=split_sizes(bench.heads // tp, ulysses)[0],
-        tp=tp,
+        rank_tokens=share.tokens,
+        group_tokens=share.groups[0],
+        group_heads=share.heads,
+        tp=degrees["tp"],
     )
-
-
-def _crosses_nodes(axis: Axis, ranks_per_node: int) -> bool:
-    if axis.group is None:
-        return False
-    return max(dist.get_process_group_ranks(axis.group)) >= ranks_per_node  # of rank 0's node
 
 
 def _stated(bench: BenchConfig) -> dict[str, float]:

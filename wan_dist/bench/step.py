@@ -8,7 +8,7 @@ Weights are random; the text is encoded already, as it is in a run after its fir
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
@@ -120,8 +120,10 @@ def _step(
     timestep = torch.tensor([500], device=device)
     step = Step(0, 500.0, "transformer", _GUIDANCE, shape.guidance)
 
-    def predict(latents: torch.Tensor, timestep: torch.Tensor, _step: Step, branch: int) -> torch.Tensor:
-        return model(latents.to(dtype), timestep, text[branch], return_dict=False)[0]
+    def predict(
+        latents: torch.Tensor, timestep: torch.Tensor, _step: Step, branches: Sequence[int]
+    ) -> list[torch.Tensor]:
+        return [model(latents.to(dtype), timestep, text[branch], return_dict=False)[0] for branch in branches]
 
     return lambda: guided_prediction(predict, latents, timestep, step, cfg_axis)
 

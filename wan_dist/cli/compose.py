@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wan_dist.agent.launch import RunFailedError
+from wan_dist.agent.launch import RunFailedError, RunRefusedError
 from wan_dist.agent.prepare import Invocation, check, run_id
 from wan_dist.cli.free_text import config_dirs, is_multirun, literal_overrides, overrides_first, unguard
 from wan_dist.cli.overrides import check_overrides
@@ -77,7 +77,7 @@ def _outcome(action: Callable[[], None]) -> int:
         action()
     except (RefusedError, RunFailedError) as error:
         print(f"wan-dist: {error}", file=sys.stderr, flush=True)
-        return REFUSED if isinstance(error, RefusedError) else FAILED
+        return REFUSED if isinstance(error, (RefusedError, RunRefusedError)) else FAILED
     except Exception:  # a mistake of ours: all of it is worth reading
         traceback.print_exc()
         return FAILED

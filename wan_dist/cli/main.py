@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from wan_dist.agent.launch import InterruptedRunError, RunFailedError, launch, stopping_signals
+from wan_dist.agent.plan import show_plan
 from wan_dist.agent.prepare import Checked, Invocation, check, freeze_run, run_id
 from wan_dist.cli.compose import FAILED, REFUSED, compose_and_run
 from wan_dist.cli.free_text import is_multirun
@@ -46,6 +47,8 @@ def _command(arguments: Sequence[str]) -> int:
 
     def run(config: Config, invocation: Invocation) -> None:
         checked = check(config, invocation)
+        if _is_shown(checked):
+            return
         _refuse_overwriting(checked, written)
         frozen = freeze_run(checked)
         try:
@@ -55,6 +58,15 @@ def _command(arguments: Sequence[str]) -> int:
             raise type(error)(f"{told}\n{advice}" if advice and advice not in told else told) from None
 
     return compose_and_run(arguments, run, default_dir=None, world=None, local_ranks=None)
+
+
+def _is_shown(checked: Checked) -> bool:
+    """Whether this is a plan, which is shown and not run; shows it."""
+    if checked.config.task != "plan":
+        return False
+    assert checked.source is not None and checked.checkpoint is not None, "a plan is of a model"
+    show_plan(checked.config, checked.checkpoint, checked.source.name, guided=checked.guided)
+    return True
 
 
 def _refuse_overwriting(checked: Checked, written: set[tuple[str, str]]) -> None:
@@ -114,7 +126,10 @@ def _compose_for_node(arguments: Sequence[str], env: RankEnv, store: Any) -> str
     frozen: list[Path] = []
 
     def run(config: Config, invocation: Invocation) -> None:
-        frozen.append(freeze_run(check(config, invocation), node=env.node_rank))
+        checked = check(config, invocation)
+        is_plan_elsewhere = checked.config.task == "plan" and env.rank != 0  # one node shows it
+        if not is_plan_elsewhere and not _is_shown(checked):
+            frozen.append(freeze_run(checked, node=env.node_rank))
 
     default_dir = Path("outputs") / name
     code = compose_and_run(

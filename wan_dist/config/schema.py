@@ -101,8 +101,8 @@ class OffloadConfig:
     text_encoder: str = one_of("auto", "auto", "resident", "component", "layerwise")
     image_encoder: str = one_of("auto", "auto", "resident", "component", "layerwise")
     vae: str = one_of("auto", "auto", "resident", "component", "layerwise")
-    prefetch: str = "auto"
-    resident_blocks: str = "auto"
+    prefetch: str = field(default="auto", metadata={"count": True})
+    resident_blocks: str = field(default="auto", metadata={"count": True})
 
 
 @dataclass(kw_only=True)
@@ -149,6 +149,12 @@ class PlanConfig:
     nodes: int | None = at_least(None, 1)
     device_memory_gb: float | None = at_least(None, 0, above=True)
     host_memory_gb: float | None = at_least(None, 0, above=True)
+    matmul_tflops: float | None = at_least(None, 0, above=True)
+    attention_tflops: float | None = at_least(None, 0, above=True)
+    node_gb_s: float | None = at_least(None, 0, above=True)
+    network_gb_s: float | None = at_least(None, 0, above=True)
+    host_gb_s: float | None = at_least(None, 0, above=True)
+    disk_gb_s: float | None = at_least(None, 0, above=True)
 
 
 @dataclass(kw_only=True)
@@ -156,7 +162,7 @@ class BenchConfig:
     """`task=bench`: the shape of the random transformer, how often it is timed, and the worlds it is scaled to. Null is
     a default of the kind and device: see `wan_dist.planning.defaults`."""
 
-    kind: str = one_of("step", "step", "load", "scale", "vae")
+    kind: str = one_of("step", "step", "load", "scale", "vae", "offload")
     blocks: int | None = at_least(None, 1)
     heads: int | None = at_least(None, 1)
     head_dim: int | None = at_least(None, 8, multiple=2)

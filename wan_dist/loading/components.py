@@ -39,13 +39,13 @@ def match_transformer(
 
 
 def match_text_encoder(checkpoint: Checkpoint, *, dtype: torch.dtype) -> MatchedWeights:
-    folder, class_name = checkpoint.path / "text_encoder", checkpoint.index["text_encoder"][1]
+    folder, class_name = checkpoint.path / "text_encoder", checkpoint.class_name("text_encoder") or ""
     return _match(from_files(folder, partial(meta_text_encoder, folder, class_name)), folder, dtype)
 
 
 def match_image_encoder(checkpoint: Checkpoint) -> MatchedWeights:
     """Served in fp32, as in diffusers' own examples: it sees one picture or two, and is gone again."""
-    folder, class_name = checkpoint.path / "image_encoder", checkpoint.index["image_encoder"][1]
+    folder, class_name = checkpoint.path / "image_encoder", checkpoint.class_name("image_encoder") or ""
     model = from_files(folder, partial(meta_image_encoder, folder, class_name))
     prefix = "" if any(name.startswith(WEIGHTS_PREFIX) for name, _ in model.named_parameters()) else WEIGHTS_PREFIX
     return _match(model, folder, torch.float32, prefix=prefix)

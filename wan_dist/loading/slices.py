@@ -69,17 +69,24 @@ class SliceReader:
         self._stack.close()
 
     def read(
-        self, entry: TensorEntry, ranges: Ranges, *, dtype: torch.dtype | None = None, device: torch.device = _CPU
+        self,
+        entry: TensorEntry,
+        ranges: Ranges,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device = _CPU,
+        into: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The slice in `dtype` (None: the file's), on `device`. Raises CheckpointError where the file ends early or
-        cannot be read, OSError where it cannot be opened."""
+        """The slice in `dtype` (None: the file's), on `device`; or written into the contiguous CPU tensor `into`, of
+        the slice's shape and `dtype`, which is returned. Raises CheckpointError where the file ends early or cannot be
+        read, OSError where it cannot be opened."""
         if entry.file not in self._files:
             self._files[entry.file] = os.open(entry.file, os.O_RDONLY)
             self._stack.callback(os.close, self._files[entry.file])
         on_disk, size = _TORCH_DTYPES[entry.dtype], DTYPE_BYTES[entry.dtype]
         shape = tuple(end - begin for begin, end in ranges)
         is_kept = dtype in (None, on_disk) and device.type == "cpu"
-        raw = self._buffer(prod(shape) * size, is_kept)
+        raw = self._buffer(prod(shape) * size, is_kept, into)
         memory, done = memoryview(raw.numpy()), 0
         for first, count in contiguous_runs(entry.shape, ranges):
             run = memory[done : done + count * size]
@@ -87,13 +94,15 @@ class SliceReader:
             done += count * size
         self.bytes_read += done
         tensor = raw.view(on_disk).view(shape)
-        return tensor if is_kept else tensor.to(device, dtype or on_disk, copy=True)
-
-    def _buffer(self, nbytes: int, is_kept: bool) -> torch.Tensor:
-        """Memory to read into: fresh where the result keeps it, else the same for all tensors. Freed between tensors
-        that live on, it would stay with the C library: hundreds of megabytes for one expert."""
         if is_kept:
-            return torch.empty(nbytes, dtype=torch.uint8)
+            return tensor if into is None else into
+        return tensor.to(device, dtype or on_disk, copy=True) if into is None else into.copy_(tensor)
+
+    def _buffer(self, nbytes: int, is_kept: bool, into: torch.Tensor | None) -> torch.Tensor:
+        """Memory to read into: that of the result where it takes the bytes as they are, else the same for all tensors.
+        Freed between tensors that live on, it would stay with the C library: hundreds of megabytes for one expert."""
+        if is_kept:
+            return torch.empty(nbytes, dtype=torch.uint8) if into is None else into.view(-1).view(torch.uint8)
         if self._staging.numel() < nbytes:
             self._staging = torch.empty(nbytes, dtype=torch.uint8)
         return self._staging[:nbytes]

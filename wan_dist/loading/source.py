@@ -29,12 +29,13 @@ class Source:
 
     name: str
 
-    def configs(self) -> Path:
-        """A folder with the JSON files. Raises CheckpointError with what was tried."""
+    def configs(self, *, ask_hub: bool = True) -> Path:
+        """A folder with the JSON files. Raises CheckpointError with what was tried. ask_hub: whether the hub is asked
+        for what its cache does not hold."""
         kind, _, rest = self.name.partition(":")
         if kind in ("asset", "built") and (_ASSETS / rest).is_dir():
             return _ASSETS / rest
-        return self._folder_or_hub(_CONFIG_FILES)
+        return self._folder_or_hub(_CONFIG_FILES, ask_hub=ask_hub)
 
     def complete(self, components: Collection[str] | None = None) -> Path:
         """A folder with the weights too (of `components`, or of all); from the hub, fetched once per node into its
@@ -47,7 +48,7 @@ class Source:
         weights = [f"{name}/{file}" for name in components or ["*"] for file in _WEIGHT_FILES]
         return self._folder_or_hub(_CONFIG_FILES + weights)
 
-    def _folder_or_hub(self, patterns: list[str]) -> Path:
+    def _folder_or_hub(self, patterns: list[str], *, ask_hub: bool = True) -> Path:
         path = Path(self.name)
         try:
             if path.exists():
@@ -59,9 +60,9 @@ class Source:
             if self.name.startswith("~"):
                 why += "; ~ is the shell's to expand, and it does so only at the start of a word"
             raise CheckpointError(f"{self.name}: {why}")
-        return self._snapshot(patterns)
+        return self._snapshot(patterns, ask_hub=ask_hub)
 
-    def _snapshot(self, patterns: list[str]) -> Path:
+    def _snapshot(self, patterns: list[str], *, ask_hub: bool) -> Path:
         """The hub's current revision; where the hub cannot be asked (offline, or no answer within seconds), the one in
         its cache."""
         from huggingface_hub import HfApi, snapshot_download
@@ -69,6 +70,8 @@ class Source:
         asked: Exception | None = None
         try:
             # snapshot_download asks the same without a time limit, and a hub that is mute would hang the refusal.
+            if not ask_hub:
+                raise CheckpointError("the hub was not asked")
             HfApi().model_info(self.name, timeout=_HUB_TIMEOUT_S)
         except Exception as error:  # the hub's client raises its own, httpx's and OS errors
             asked = error

@@ -137,10 +137,24 @@ def replicas_of(fsdp: FsdpConfig) -> int:
 
 
 def sharding_of(fsdp: FsdpConfig, mesh: Mesh) -> Sharding | None:
-    """How the config wants transformers divided; None where FSDP is off or has one rank to divide over."""
-    if fsdp.enabled != "on" or mesh.fsdp is None:
+    """How transformers are divided where FSDP is ordered; None where it is not, or has one rank to divide over."""
+    return sharding_over(fsdp, mesh) if fsdp.enabled == "on" else None
+
+
+def sharding_over(fsdp: FsdpConfig, mesh: Mesh) -> Sharding | None:
+    """How FSDP divides transformers, by the config; None where it has one rank to divide over."""
+    if mesh.fsdp is None:
         return None
     return Sharding(mesh.fsdp, tuple(fsdp.shard_conditions), fsdp.reshard_after_forward)
+
+
+@dataclass(frozen=True)
+class HostTensors:
+    """Tensors of a module that are kept in host memory which is there already, by name. is_filler: whether this rank is
+    to write them; else another one that shares the memory does, before `fill` returns on any rank of its axis."""
+
+    tensors: dict[str, torch.Tensor]
+    is_filler: bool
 
 
 def fill(
@@ -151,13 +165,15 @@ def fill(
     sharding: Sharding | None = None,
     bytes_read: Counter[str] | None = None,
     component: str = "",
+    host: HostTensors | None = None,
 ) -> torch.nn.Module:
     """Read what this rank owns of every tensor, cast it to the meta tensor's dtype and put it into the module, which
     is returned; with `sharding`, wrapped by FSDP.
 
     axis: the ranks that load this component together, in the same order; a failure on one is raised on all of them.
-    bytes_read[component] grows by the bytes read from the files.
+    bytes_read[component] grows by the bytes read from the files. host: tensors that stay in host memory.
     """
+    places_on_host = host.tensors if host is not None else {}
     dtypes = {name: tensor.dtype for name, tensor in _persistent_tensors(weights.module)}
     parts = owned_parts(weights.module, sharding)
     read: dict[str, torch.Tensor] = {}
@@ -166,7 +182,12 @@ def fill(
         def read_batch(batch: list[Place]) -> None:
             for place in batch:
                 name = place.names[0]
-                tensor = reader.read(place.entry, parts[name], dtype=dtypes[name], device=device)
+                into = places_on_host.get(name)
+                if host is not None and into is not None and not host.is_filler:
+                    tensor = into  # another rank's to read
+                else:
+                    where = device if into is None else into.device
+                    tensor = reader.read(place.entry, parts[name], dtype=dtypes[name], device=where, into=into)
                 read.update(dict.fromkeys(place.names, tensor))
 
         for batch in _batches(weights.places):

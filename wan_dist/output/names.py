@@ -5,6 +5,7 @@ from pathlib import Path
 _SUFFIXES = {"mp4": ".mp4", "frames": ".frames.safetensors", "latents": ".latents.safetensors", "record": ".json"}
 
 KINDS = tuple(_SUFFIXES)
+PLAN_FILE = "plan.txt"  # in the run's folder: what was predicted, to be shown if a rank is killed
 
 
 def output_path(folder: Path, name: str, kind: str) -> Path:
@@ -20,3 +21,8 @@ def temporary_path(target: Path) -> Path:
 def output_paths(folder: Path, name: str) -> list[Path]:
     """The files of all kinds."""
     return [output_path(folder, name, kind) for kind in _SUFFIXES]
+
+
+def run_folder(folder: Path, name: str) -> Path:
+    """Where a run keeps its frozen config, its plan and its ranks' logs."""
+    return folder / ".run" / name

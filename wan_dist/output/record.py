@@ -32,6 +32,7 @@ class RankReport:
         self._device = device
         self._memory = PeakHostMemory()
         self.phase = "start"
+        self.plan: Any = None  # where components live, once it is made
         self.phases: dict[str, float] = {}
         self.steps: list[float] = []
         self.bytes_read: Counter[str] = Counter()
@@ -47,6 +48,12 @@ class RankReport:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - start
+
+    def peak_bytes(self) -> int:
+        """The most that was allocated so far: on the GPU, or of host memory over what imports took."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return self._memory.sample() - self._memory.base
 
     def as_dict(self, traffic: Counter[str]) -> dict[str, Any]:
         """This rank's entry of the record's `ranks`."""

@@ -14,9 +14,10 @@ from wan_dist.loading.tensor_files import CheckpointError
 from wan_dist.loading.weights import from_files, on_every_rank
 from wan_dist.output.record import RankReport
 from wan_dist.pipeline.generate import finish_run
-from wan_dist.pipeline.plan import plan_rows
+from wan_dist.pipeline.plan import agreed_plan
 from wan_dist.pipeline.run import Run, latent_shape, run_mesh, wants_pixels
 from wan_dist.pipeline.video import load_vae, write_latents, write_video
+from wan_dist.planning.workload import Task
 from wan_dist.topology import RankEnv
 
 
@@ -29,7 +30,8 @@ def decode(config: Config, env: RankEnv, device: torch.device, report: RankRepor
     with run_mesh(config, env, device) as mesh:
         with report.timed("check"):
             checkpoint = on_every_rank(mesh.world, lambda: open_checkpoint(Path(str(config.model.path))))
-            run = Run(config, checkpoint, [], latent_shape(config, checkpoint), mesh, device, report)
+            report.plan = plan = agreed_plan(config, checkpoint, Task.of_decoding(config), mesh, device)
+            run = Run(config, checkpoint, plan, [], latent_shape(config, checkpoint), mesh, device, report)
             needs_vae = run.runs_vae and wants_pixels(run)
             match = partial(match_vae, checkpoint, dtype=getattr(torch, config.runtime.vae_dtype), encoder=False)
             weights = on_every_rank(mesh.world, lambda: match() if needs_vae else None)
@@ -38,9 +40,7 @@ def decode(config: Config, env: RankEnv, device: torch.device, report: RankRepor
             vae = load_vae(run, weights)
         spare = write_latents(run, latents)
         write_video(run, vae, latents)
-        files = finish_run(
-            run, plan_rows(run, [], ["vae"] if wants_pixels(run) else [], share_text_encoder=False), spare
-        )
+        files = finish_run(run, spare)
         del run, vae, mesh
     return files
 

@@ -18,17 +18,20 @@ from wan_dist.loading.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from wan_dist.loading.components import match_image_encoder, match_text_encoder, match_vae
 from wan_dist.loading.weights import MatchedWeights, from_files, on_every_rank
 from wan_dist.log import logger
+from wan_dist.models.wan_vae import ParallelVae
 from wan_dist.output.memory import return_device_memory
 from wan_dist.output.names import output_path
 from wan_dist.output.progress import Progress
 from wan_dist.output.record import RankReport, write_record
 from wan_dist.pipeline.experts import load_experts, match_experts
 from wan_dist.pipeline.images import encode_condition
-from wan_dist.pipeline.plan import plan_rows
+from wan_dist.pipeline.plan import agreed_plan, plan_rows
 from wan_dist.pipeline.run import Run, latent_shape, run_mesh, wants_pixels
-from wan_dist.pipeline.text import encode_text, text_encoder_needs_sharding
+from wan_dist.pipeline.text import encode_text
 from wan_dist.pipeline.video import load_vae, outputs, write_latents, write_video
+from wan_dist.planning.footprint import FSDP, RESIDENT
 from wan_dist.planning.video_shape import ModelShape
+from wan_dist.planning.workload import Task
 from wan_dist.sampling.denoise import Predict, denoise, initial_noise
 from wan_dist.sampling.schedule import Step
 from wan_dist.sampling.solvers import scheduled
@@ -44,37 +47,45 @@ def generate(config: Config, env: RankEnv, device: torch.device, report: RankRep
     with run_mesh(config, env, device) as mesh:
         with report.timed("check"):
             checkpoint, scheduler, schedule = on_every_rank(mesh.world, partial(_open, config, device))
-            run = Run(config, checkpoint, schedule, latent_shape(config, checkpoint), mesh, device, report)
-            share_text_encoder = text_encoder_needs_sharding(run)
+            report.plan = plan = agreed_plan(config, checkpoint, Task.of_schedule(config, schedule), mesh, device)
+            run = Run(config, checkpoint, plan, schedule, latent_shape(config, checkpoint), mesh, device, report)
             experts = on_every_rank(mesh.world, partial(match_experts, run))
-            others = on_every_rank(mesh.world, partial(_match_others, run, share_text_encoder))
-        plan = plan_rows(run, list(experts), list(others), share_text_encoder)
+            others = on_every_rank(mesh.world, partial(_match_others, run))
         with report.timed("encode"):
-            text = encode_text(run, others.pop("text_encoder", None), share_text_encoder)
+            text = encode_text(run, others.pop("text_encoder", None))
             return_device_memory(device)
             vae = load_vae(run, others.pop("vae", None)) if config.image is not None else None
             condition = encode_condition(run, others.pop("image_encoder", None), vae)
-            if vae is not None:
-                vae = vae.without_encoder() if wants_pixels(run) else None
+            vae = _kept(run, vae)
             return_device_memory(device)
         with report.timed("load"):
-            predict = load_experts(run, experts, text, condition)
+            predict, forget_text = load_experts(run, experts, text, condition)
+            if plan.how("vae") == RESIDENT and config.image is None:
+                vae = load_vae(run, others.pop("decoder", None))
         with report.timed("denoise"):
             latents = condition.finish(_denoise(run, scheduler, predict))
-        del predict  # the experts' memory is the VAE's from here on
+        forget_text()
+        del predict, forget_text  # unless the plan keeps them, the experts' memory is the VAE's from here on
         return_device_memory(device)
         spare = write_latents(run, latents)
         if wants_pixels(run):
-            if config.image is None:
+            if plan.how("vae") != RESIDENT:
                 with report.timed("load"):
-                    vae = load_vae(run, others.pop("vae", None))
+                    vae = load_vae(run, others.pop("decoder", None))
             write_video(run, vae, latents)
-        files = finish_run(run, plan, spare)
+        files = finish_run(run, spare)
         del run, vae, mesh
     return files
 
 
-def finish_run(run: Run, plan: list[dict[str, str]], spare: Path | None) -> dict[str, str]:
+def _kept(run: Run, vae: ParallelVae | None) -> ParallelVae | None:
+    """What stays of the VAE once it has encoded the images: what decoding needs, where it is resident."""
+    if vae is None or run.plan.how("vae") != RESIDENT:
+        return None
+    return vae.without_encoder() if wants_pixels(run) else vae
+
+
+def finish_run(run: Run, spare: Path | None) -> dict[str, str]:
     """Gather what the ranks measured; on the first, write the run record, remove `spare` and return the files, by
     kind."""
     ranks = gather_objects(run.mesh.world, run.report.as_dict(run.mesh.traffic))
@@ -86,7 +97,7 @@ def finish_run(run: Run, plan: list[dict[str, str]], spare: Path | None) -> dict
         record,
         config,
         fingerprint=fingerprint(run.checkpoint),
-        plan=plan,
+        plan=plan_rows(run.plan),
         report=run.report,
         outputs=files,
         ranks=ranks,
@@ -103,16 +114,19 @@ def _open(config: Config, device: torch.device) -> tuple[Checkpoint, Any, list[S
     return checkpoint, *from_files(checkpoint.path / "scheduler", make)
 
 
-def _match_others(run: Run, share_text_encoder: bool) -> dict[str, MatchedWeights]:
-    """What this rank will load besides the transformers."""
+def _match_others(run: Run) -> dict[str, MatchedWeights]:
+    """What this rank will load besides the transformers: `vae` for encoding images, `decoder` where the VAE is loaded
+    for decoding alone."""
     matched = {}
-    if share_text_encoder or run.is_first:
+    if run.plan.how("text_encoder") == FSDP or run.is_first:
         matched["text_encoder"] = match_text_encoder(run.checkpoint, dtype=run.dtype)
     if run.is_first and run.checkpoint.has_image_tokens:
         matched["image_encoder"] = match_image_encoder(run.checkpoint)
-    if run.runs_vae and (wants_pixels(run) or run.config.image is not None):
-        dtype, encodes = getattr(torch, run.config.runtime.vae_dtype), run.config.image is not None
-        matched["vae"] = match_vae(run.checkpoint, dtype=dtype, encoder=encodes)
+    dtype, encodes = getattr(torch, run.config.runtime.vae_dtype), run.config.image is not None
+    if run.runs_vae and encodes:
+        matched["vae"] = match_vae(run.checkpoint, dtype=dtype, encoder=True)
+    if run.runs_vae and wants_pixels(run) and not (encodes and run.plan.how("vae") == RESIDENT):
+        matched["decoder"] = match_vae(run.checkpoint, dtype=dtype, encoder=False)
     return matched
 
 

@@ -14,6 +14,7 @@ from wan_dist.models import image_encoder
 from wan_dist.models.wan_latents import normalised
 from wan_dist.models.wan_vae import ParallelVae
 from wan_dist.pipeline.run import Run
+from wan_dist.planning.footprint import RESIDENT
 from wan_dist.sampling.condition import Condition, FirstFrame, ImageChannels, frame_mask
 
 
@@ -57,10 +58,12 @@ def _image_tokens(run: Run, weights: MatchedWeights | None, images: list[Any]) -
     def encode() -> torch.Tensor | None:
         if weights is None:
             return None
-        folder, index = checkpoint.path / "image_processor", checkpoint.index
+        folder = checkpoint.path / "image_processor"
         load = image_encoder.load_image_processor
-        processor = from_files(folder, lambda: load(folder, index["image_processor"][1]))
+        processor = from_files(folder, lambda: load(folder, checkpoint.class_name("image_processor") or ""))
         model = fill(weights, device=run.device, bytes_read=run.report.bytes_read, component="image_encoder")
+        if run.plan.how("image_encoder") == RESIDENT:
+            run.kept.append(model)
         encode = partial(image_encoder.encode_images, model, processor, images, run.device)
         return from_files(folder, encode).float()
 

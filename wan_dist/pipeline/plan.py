@@ -1,35 +1,79 @@
-"""Where each component lived, and why: the `plan` of the run record."""
+"""The plan that all ranks share: made from what the rank with the least room has, before a weight is read."""
 
-from wan_dist.pipeline.run import Run, wants_pixels
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wan_dist.config.schema import Config
+from wan_dist.distributed.collectives import gather_objects
+from wan_dist.distributed.mesh import AXES, Mesh
+from wan_dist.loading.checkpoint import Checkpoint
+from wan_dist.loading.tensor_files import CheckpointError
+from wan_dist.loading.weights import on_every_rank
+from wan_dist.log import logger
+from wan_dist.offload.host_blocks import machine_identity
+from wan_dist.output.memory import host_to_device_rate
+from wan_dist.output.names import PLAN_FILE, run_folder
+from wan_dist.planning.advice import planned_note
+from wan_dist.planning.footprint import Machine
+from wan_dist.planning.placement import Plan
+from wan_dist.planning.rates import rates_of
+from wan_dist.planning.room import place_or_refuse
+from wan_dist.planning.workload import Task, work_of
+from wan_dist.topology import free_host_memory
 
 
-def plan_rows(run: Run, experts: list[str], others: list[str], share_text_encoder: bool) -> list[dict[str, str]]:
-    """One row of component, placement and reason for each component that is loaded on any rank, in loading order."""
-    why = "every rank holds all of its weights, but for what tensor parallelism divides"
-    if run.config.parallelism.fsdp.enabled == "on":
-        why += "; FSDP is on, but one rank is all that it could divide a replica over"
-    transformer = ("resident", why)
-    text_encoder = ("component", "on rank 0 while it encodes the prompt, freed before the transformer is loaded")
-    if run.sharding is not None:
-        ranks = run.sharding.fsdp.shard.size
-        transformer = ("fsdp", f"parallelism.fsdp.enabled=on: its rows are divided over {ranks} ranks")
-        if share_text_encoder:
-            text_encoder = ("fsdp", f"it does not fit one device: divided over {ranks} ranks, freed after encoding")
-    placements = {
-        "text_encoder": text_encoder,
-        "image_encoder": ("component", "on rank 0 while it encodes the images, freed before the transformer is loaded"),
-        "vae": _vae(run),
-    }
-    before = [name for name in ("text_encoder", "image_encoder") if name in others]
-    rows = [(name, *placements.get(name, transformer)) for name in [*before, *experts, *({"vae"} & set(others))]]
-    return [{"component": name, "placement": placement, "reason": reason} for name, placement, reason in rows]
+def agreed_plan(config: Config, checkpoint: Checkpoint, task: Task, mesh: Mesh, device: torch.device) -> Plan:
+    """Rank 0's plan, which every rank makes for itself. Raises RefusedError, on all of them, where nothing that is
+    allowed fits, CheckpointError where one of them made another plan."""
+    machine = common_machine(mesh, device, rates_of(config.plan, device.type).host)
+    degrees = {axis: getattr(config.parallelism, axis) for axis in AXES}
+    work_for = partial(
+        work_of, checkpoint=checkpoint, task=task, degrees=degrees, device=device.type, local_ranks=machine.local_ranks
+    )
+    plan = on_every_rank(mesh.world, partial(place_or_refuse, config, work_for, machine))
+    if device.type == "cuda" and config.plan.host_gb_s is None and any(p.streaming for p in plan.placements):
+        measured = min(gather_objects(mesh.world, host_to_device_rate(device)))
+        plan = place_or_refuse(config, work_for, replace(machine, host_bytes_per_s=measured))
+    digests = gather_objects(mesh.world, plan.digest())
+    if others := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+        raise CheckpointError(
+            f"{checkpoint.path}: ranks {others} plan otherwise than rank 0: their copies of it differ"
+        )
+    for placement in plan.placements:
+        logger.info("plan: %s %s: %s", placement.component, placement.how, placement.reason)
+    if mesh.world.rank == 0:
+        for warning in plan.warnings:
+            logger.warning("%s", warning)
+            print(f"wan-dist: {warning}", file=sys.stderr, flush=True)
+        folder = run_folder(Path(str(config.output.dir)), config.output.name)
+        (folder / PLAN_FILE).write_text(planned_note(plan, config) + "\n")
+    return plan
 
 
-def _vae(run: Run) -> tuple[str, str]:
-    working = min(run.vae_mesh["vae"].size, run.latent_shape[3])
-    where = "on rank 0" if working == 1 else f"on {working} ranks, each with its rows of the {run.latent_shape[3]}"
-    if run.config.image is None or run.config.task != "generate":
-        return "component", f"{where}, loaded when the latents are there"
-    if not wants_pixels(run):
-        return "component", f"{where} while it encodes the images, freed before the transformer is loaded"
-    return "resident", f"{where}; it encodes the images, and its decoder stays for the latents"
+def common_machine(mesh: Mesh, device: torch.device, host_bytes_per_s: float) -> Machine:
+    """What every rank can count on: the least that is free on a device and in a node's host memory, the most ranks that
+    share a node. host_bytes_per_s: of the link to a GPU, as stated."""
+    on_gpu = device.type == "cuda"
+    here = (machine_identity(), torch.cuda.mem_get_info(device)[0] if on_gpu else None, free_host_memory())
+    nodes, on_device, on_host = zip(*gather_objects(mesh.world, here), strict=True)
+    return Machine(
+        device=device.type,
+        device_bytes=_least(on_device),
+        host_bytes=_least(on_host),
+        local_ranks=max(nodes.count(node) for node in nodes),
+        host_bytes_per_s=host_bytes_per_s if on_gpu else None,
+    )
+
+
+def plan_rows(plan: Plan) -> list[dict[str, str]]:
+    """Where each component lived, and why: the `plan` of the run record, in the order of loading."""
+    return [{"component": p.component, "placement": p.how, "reason": p.reason} for p in plan.placements]
+
+
+def _least(values: tuple[Any, ...]) -> Any:
+    return min((value for value in values if value is not None), default=None)

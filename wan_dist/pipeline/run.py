@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,9 +12,12 @@ from wan_dist.config.schema import Config
 from wan_dist.distributed.mesh import AXES, Mesh, build_mesh
 from wan_dist.distributed.process_group import process_group
 from wan_dist.loading.checkpoint import Checkpoint
-from wan_dist.loading.weights import Sharding, replicas_of, sharding_of
+from wan_dist.loading.weights import Sharding, sharding_over
 from wan_dist.output.files import remove_leftovers
 from wan_dist.output.record import RankReport
+from wan_dist.planning.degrees import fsdp_division
+from wan_dist.planning.footprint import FSDP
+from wan_dist.planning.placement import Plan
 from wan_dist.planning.video_shape import ModelShape
 from wan_dist.sampling.schedule import Step
 from wan_dist.topology import RankEnv
@@ -23,16 +27,18 @@ PIXEL_FORMATS = ("mp4", "frames")
 
 @dataclass(frozen=True)
 class Run:
-    """config: frozen, every null resolved. schedule: empty where nothing is denoised. latent_shape: `(1, z, T, H, W)`
-    of the video."""
+    """config: frozen, every null resolved. plan: where each component lives. schedule: empty where nothing is denoised.
+    latent_shape: `(1, z, T, H, W)` of the video. kept: what is resident, so that it stays until the run ends."""
 
     config: Config
     checkpoint: Checkpoint
+    plan: Plan
     schedule: list[Step]
     latent_shape: tuple[int, ...]
     mesh: Mesh
     device: torch.device
     report: RankReport
+    kept: list[Any] = field(default_factory=list)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,7 +52,8 @@ class Run:
     @property
     def sharding(self) -> Sharding | None:
         """How the transformers are divided, if they are."""
-        return sharding_of(self.config.parallelism.fsdp, self.mesh)
+        divided = any(p.how == FSDP for p in self.plan.placements)
+        return sharding_over(self.config.parallelism.fsdp, self.mesh) if divided else None
 
     @property
     def vae_mesh(self) -> Mesh:
@@ -80,6 +87,6 @@ def run_mesh(config: Config, env: RankEnv, device: torch.device) -> Iterator[Mes
     if env.rank == 0:
         remove_leftovers(Path(str(config.output.dir)), config.output.name)
     degrees = {axis: getattr(config.parallelism, axis) for axis in AXES}
-    replicas = replicas_of(config.parallelism.fsdp)
+    replicas, _ = fsdp_division(config.parallelism.fsdp, degrees)
     with process_group(env, degrees, device, config.runtime.timeout_s, fsdp_replicas=replicas) as mesh:
         yield mesh

@@ -44,12 +44,15 @@ def forward_flops(
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one device: FLOP/s of matrix products and of attention, bytes/s inside a node and across nodes."""
+    """Of one device: FLOP/s of matrix products and of attention, bytes/s inside a node and across nodes, from host
+    memory to the device, and from files."""
 
     matmul: float
     attention: float
     node: float
     network: float
+    host: float = 55e9
+    disk: float = 3e9
 
 
 def predicted_step(

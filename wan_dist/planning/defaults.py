@@ -12,7 +12,7 @@ PIPELINE_DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "steps": 50,
 
 # The shapes that benchmarks take where none is given: small enough for a CPU; Wan2.1 1.3B at 480p on a GPU; `load`
 # writes eight of the 1.3B's blocks to a disk; `scale`, which runs on nothing, takes the 14B; `vae` 256x256x5 on a CPU,
-# 720x1280x81 on a GPU.
+# 720x1280x81 on a GPU; `offload`, whose cases are many, the smallest on a CPU and the 14B at 720p on a GPU.
 BENCH_DEFAULTS = {
     "cpu": {
         "blocks": 8, "heads": 8, "head_dim": 64, "ffn": 2048, "text_dim": 512,
@@ -25,6 +25,14 @@ BENCH_DEFAULTS = {
     "load": {"blocks": 8, "heads": 12, "head_dim": 128, "ffn": 8960, "text_dim": 4096},
     "vae": {"frames": 2, "rows": 32, "columns": 32},
     "vae on cuda": {"frames": 21, "rows": 90, "columns": 160},
+    "offload": {
+        "blocks": 8, "heads": 4, "head_dim": 64, "ffn": 1024, "text_dim": 256,
+        "frames": 2, "rows": 32, "columns": 32,
+    },
+    "offload on cuda": {
+        "blocks": 40, "heads": 40, "head_dim": 128, "ffn": 13824, "text_dim": 4096,
+        "frames": 21, "rows": 90, "columns": 160,
+    },
     "scale": {"blocks": 40, "heads": 40, "head_dim": 128, "ffn": 13824, "text_dim": 4096},
 }  # fmt: skip
 

@@ -1,8 +1,9 @@
 """Parallelism degrees: how many ranks a config asks for, and the mesh that `parallelism=auto` picks."""
 
+from collections.abc import Mapping
 from math import prod
 
-from wan_dist.config.schema import ParallelismConfig
+from wan_dist.config.schema import FsdpConfig, ParallelismConfig
 from wan_dist.planning.refusal import Refusal
 
 AXES = ("dp", "cfg", "ring", "ulysses", "tp")
@@ -34,6 +35,15 @@ def balanced_ulysses(ranks: int, heads: int) -> int:
     """
     divisors = [degree for degree in range(1, min(ranks, heads) + 1) if ranks % degree == 0]
     return max(degree for degree in divisors if heads / (degree * -(-heads // degree)) >= _BALANCED)
+
+
+def fsdp_division(fsdp: FsdpConfig, degrees: Mapping[str, int]) -> tuple[int, int]:
+    """Into how many replicas the FSDP axis is divided, and over how many ranks each of them can be sharded: one where
+    FSDP is off, or the replicas that are asked for do not divide the axis (which is refused where FSDP is ordered)."""
+    size = degrees["cfg"] * degrees["ring"] * degrees["ulysses"]
+    if fsdp.enabled == "off" or fsdp.replicate < 1 or size % fsdp.replicate:
+        return 1, 1
+    return fsdp.replicate, size // fsdp.replicate
 
 
 def choose_degrees(

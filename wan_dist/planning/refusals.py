@@ -18,22 +18,15 @@ from wan_dist.config.schema import (
 from wan_dist.distributed.shard_conditions import CONDITIONS
 from wan_dist.loading.checkpoint import Checkpoint
 from wan_dist.planning.defaults import SOLVERS
-from wan_dist.planning.degrees import choose_degrees
+from wan_dist.planning.degrees import choose_degrees, given_degrees
 from wan_dist.planning.image_input import image_input
 from wan_dist.planning.refusal import Refusal
 from wan_dist.planning.video_shape import WAN_2_1, ModelShape, nearest_multiples, parse_video
 
 # Keys of the contract whose other values are not built yet, and the values that are. A value here is never ignored.
 _AVAILABLE: dict[str, tuple[Any, ...]] = {
-    "task": ("generate", "decode", "bench"),
+    "task": ("generate", "decode", "plan", "bench"),
     "parallelism.dp": (None, 1),
-    "offload.mode": ("auto",),
-    "offload.transformer": ("auto", "resident"),
-    "offload.text_encoder": ("auto", "component"),
-    "offload.image_encoder": ("auto",),
-    "offload.vae": ("auto",),
-    "offload.prefetch": ("auto",),
-    "offload.resident_blocks": ("auto",),
     "output.checkpoint_every": (0,),
     "output.resume": ("off",),
     "output.preview": (False,),
@@ -45,10 +38,6 @@ _AVAILABLE: dict[str, tuple[Any, ...]] = {
     "launch.node_rank": (None,),
     "launch.head": (None,),
     "launch.port": (None,),
-    "plan.ranks": (None,),
-    "plan.nodes": (None,),
-    "plan.device_memory_gb": (None,),
-    "plan.host_memory_gb": (None,),
 }
 _ENCODERS = {
     "text_encoder": ("UMT5EncoderModel", "T5EncoderModel"),
@@ -72,10 +61,16 @@ def value_refusals(config: Config) -> list[Refusal]:
                 found.append(Refusal(key, item, "not one of its values", f"use {', '.join(choices)}"))
             elif low is not None and not _within(item, rule):
                 found.append(Refusal(key, item, "outside its limits", f"it must be {_limits(rule)}"))
+            elif rule.get("count") and item != "auto" and not _is_count(str(item)):
+                found.append(Refusal(key, item, "neither auto nor a whole number of 0 or more", "use auto, 1, 2, ..."))
         if key in _AVAILABLE and value not in _AVAILABLE[key] and all(r.key != key for r in found):
             able = ", ".join("null" if v is None else str(v) for v in _AVAILABLE[key])
             found.append(Refusal(key, value, "not yet available in this version", f"use {able}"))
     return found
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 def _within(value: float, rule: dict[str, Any]) -> bool:
@@ -308,6 +303,20 @@ def scale_refusals(bench: BenchConfig, parallelism: ParallelismConfig, *, world:
         if not values:
             found.append(Refusal(key, "[]", "nothing would be measured", "leave it out, or name some"))
     return list(dict.fromkeys(found))
+
+
+def one_rank_refusals(config: Config, *, world: int | None) -> list[Refusal]:
+    """Of `bench=offload`: everything that asks for more than one rank. world: torchrun's."""
+    kind, found = config.bench.kind, []
+    if world not in (None, 1):
+        found.append(Refusal("bench", kind, f"torchrun started {world} ranks; it takes one", "start it as wan-dist"))
+    if config.runtime.ranks not in (None, 1):
+        found.append(Refusal("runtime.ranks", config.runtime.ranks, f"bench={kind} takes one rank", "leave it out"))
+    for axis, degree in given_degrees(config.parallelism).items():
+        if degree > 1:
+            why = f"bench={kind} takes one rank"
+            found.append(Refusal(f"parallelism.{axis}", degree, why, "leave it out, or use 1"))
+    return found
 
 
 def device_refusals(config: Config, *, device: str, gpus: int, local_ranks: int, cores: int = 1) -> list[Refusal]:

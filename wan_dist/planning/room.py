@@ -1,9 +1,121 @@
-"""Whether something fits a device. Imports no torch."""
+"""What cannot fit, said before a weight is read: the bytes of each component and phase, and what to try, in order."""
 
-_TO_SPARE = 0.1  # of what is free: activations and the allocator's fragments want room too
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+from wan_dist.config.schema import Config
+from wan_dist.planning.footprint import COMPONENT, LAYERWISE, Footprint, Machine, Work
+from wan_dist.planning.placement import DoesNotFitError, Orders, Plan, order_refusals, place
+from wan_dist.planning.refusal import Refusal, RefusedError
+
+_OFFLOAD_KEYS = ("transformer", "text_encoder", "image_encoder", "vae")
+# What may be proposed instead of a larger one: sizes that every Wan model makes.
+_SMALLER_VIDEOS: tuple[dict[str, Any], ...] = (
+    {"height": 480, "width": 832},
+    {"num_frames": 33},
+    {"height": 480, "width": 832, "num_frames": 33},
+)
 
 
-def does_not_fit(nbytes: int | None, free: int | None) -> bool:
-    """Whether `nbytes` of weights leave less than a tenth of `free` bytes. Weights of unknown size do; where it is
-    unknown what is free, everything fits."""
-    return free is not None and (nbytes is None or nbytes > (1 - _TO_SPARE) * free)
+def place_or_refuse(config: Config, work_for: Callable[[Config], Work], machine: Machine) -> Plan:
+    """The plan. Raises RefusedError where orders contradict each other or nothing that they allow fits.
+
+    work_for: what is to be done, for this config or one that differs in what may be tried instead."""
+    orders, work = Orders.of(config), work_for(config)
+    blocks = {name: len(weights.blocks) for name, weights in work.weights.items() if weights is not None}
+    found = order_refusals(orders, blocks=blocks)
+    if found:
+        raise RefusedError(found)
+    try:
+        return place(work, machine, orders)
+    except DoesNotFitError as error:
+        tries = list(things_to_try(config, work_for, machine))
+        raise RefusedError([_refusal(error, machine, orders, tries)]) from None
+
+
+def _refusal(error: DoesNotFitError, machine: Machine, orders: Orders, tries: list[str]) -> Refusal:
+    ordered = [key for key in _OFFLOAD_KEYS if getattr(orders, key) != "auto"]
+    key = f"offload.{ordered[0]}" if ordered else "offload.mode"
+    value = getattr(orders, ordered[0]) if ordered else orders.mode
+    remedy = "try, in order: " + "; ".join([*tries, "more ranks, or a device with more memory"])
+    return Refusal(key, value, f"does not fit {room_words(machine)}", f"{remedy}\n{table(error.footprint)}")
+
+
+def things_to_try(config: Config, work_for: Callable[[Config], Work], machine: Machine) -> Iterator[str]:
+    """Overrides with which it would fit, the least costly first."""
+    given = {key: getattr(config.offload, key) for key in _OFFLOAD_KEYS}
+    free = {f"offload.{key}": "auto" for key, value in given.items() if value != "auto"}
+    if config.offload.mode == "manual":
+        free["offload.mode"] = "auto"
+    if config.parallelism.fsdp.enabled == "on":
+        free["parallelism.fsdp.enabled"] = "auto"
+    least = {**free, "offload.mode": "memory", "runtime.vae_dtype": "bfloat16"}
+    steps: list[dict[str, str]] = [
+        free,
+        {"parallelism.fsdp.enabled": "on"},
+        {**free, "parallelism.fsdp.enabled": "on"},
+        {"offload.transformer": LAYERWISE},
+        {"offload.transformer": COMPONENT},
+        {"runtime.vae_dtype": "bfloat16"},
+        {**free, "offload.mode": "memory"},
+        least,
+    ]
+    for video in _SMALLER_VIDEOS:
+        if all((getattr(config.video, key) or 0) >= value for key, value in video.items()):
+            steps.append({f"video.{key}": value for key, value in video.items()})
+            steps.append({**least, **steps[-1]})
+    for number, overrides in enumerate(steps):
+        if overrides and overrides not in steps[:number] and _would_fit(config, overrides, work_for, machine):
+            yield " ".join(f"{key}={value}" for key, value in overrides.items())
+
+
+def _would_fit(
+    config: Config, overrides: Mapping[str, Any], work_for: Callable[[Config], Work], machine: Machine
+) -> bool:
+    other = deepcopy(config)
+    for key, value in overrides.items():
+        *path, leaf = key.split(".")
+        node: Any = other
+        for part in path:
+            node = getattr(node, part)
+        setattr(node, leaf, value)
+    if other == config:
+        return False
+    work, orders = work_for(other), Orders.of(other)
+    if orders.fsdp == "on" and (work.shards == 1 or orders.transformer != "auto"):
+        return False
+    try:
+        place(work, machine, orders)
+    except DoesNotFitError:
+        return False
+    return True
+
+
+def room_words(machine: Machine) -> str:
+    """`the 24 GB of the device`, or of a node's host memory."""
+    on_host = f"the {_gb(machine.host_bytes)} GB of host memory that a node has for {machine.local_ranks} ranks"
+    if machine.device == "cpu":
+        return on_host
+    on_device = f"the {_gb(machine.device_bytes)} GB that are free on the device"
+    return on_device if machine.host_bytes is None else f"{on_device} and {on_host}"
+
+
+def table(found: Footprint) -> str:
+    """Bytes by component and phase, as lines to print under a message."""
+    names = sorted({name for here in found.components.values() for name in here})
+    lines = [["GB a rank", *found.device]]
+    for name in names:
+        cells = [_gb(here[name]) if name in here else "" for here in found.components.values()]
+        lines.append([f"{name} (size unknown)" if name in found.unknown else name, *cells])
+    working = [total - sum(found.components[phase].values()) for phase, total in found.device.items()]
+    lines.append(["beside the weights", *map(_gb, working)])
+    lines.append(["on the device", *map(_gb, found.device.values())])
+    lines.append(["host memory of a node", *map(_gb, found.node.values())])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join(f"    {row.rstrip()}" for row in rows)
+
+
+def _gb(nbytes: int | None) -> str:
+    return "?" if nbytes is None else f"{nbytes / 1e9:.3g}"

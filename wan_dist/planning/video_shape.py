@@ -7,10 +7,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers of a Wan checkpoint that decide which videos and which meshes fit it.
+    """The numbers of a Wan checkpoint that decide which videos and which meshes fit it, and what they cost.
 
     channels: of the latents; stride_t, stride_s: VAE compression in time and space; patch: tokens per latent cell,
-    (t, h, w).
+    (t, h, w). blocks, head_dim, ffn: of the transformer, the 14B's by default.
     """
 
     heads: int
@@ -19,6 +19,9 @@ class ModelShape:
     stride_t: int
     stride_s: int
     max_positions: int
+    blocks: int = 40
+    head_dim: int = 128
+    ffn: int = 13824
 
     @classmethod
     def from_configs(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> "ModelShape":
@@ -32,6 +35,9 @@ class ModelShape:
             stride_t=vae.get("scale_factor_temporal", 4),
             stride_s=vae.get("scale_factor_spatial", 8),
             max_positions=transformer.get("rope_max_seq_len", 1024),
+            blocks=transformer.get("num_layers", 40),
+            head_dim=transformer.get("attention_head_dim", 128),
+            ffn=transformer.get("ffn_dim", 13824),
         )
         for name, value in asdict(shape).items():
             if not all(type(number) is int and number > 0 for number in (value if name == "patch" else [value])):

@@ -12,8 +12,8 @@ from wan_dist.distributed.collectives import all_gather
 from wan_dist.distributed.mesh import Axis
 from wan_dist.sampling.schedule import Step
 
-# (latents_BCTHW, timestep_B, step, branch) -> velocity_BCTHW; branch 0 is conditional, 1 is negative.
-Predict = Callable[[torch.Tensor, torch.Tensor, Step, int], torch.Tensor]
+# (latents_BCTHW, timestep_B, step, branches) -> velocity_BCTHW of each branch; 0 is conditional, 1 is negative.
+Predict = Callable[[torch.Tensor, torch.Tensor, Step, Sequence[int]], list[torch.Tensor]]
 
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -31,12 +31,13 @@ def guided_prediction(
     result is the same bits. An unguided step is the conditional branch on both halves, so that no half ever waits.
     """
     if not step.guided:
-        return predict(latents, timestep, step, 0).float()
+        return predict(latents, timestep, step, [0])[0].float()
     if axis.size == 1:
-        conditional, negative = (predict(latents, timestep, step, branch).float() for branch in (0, 1))
+        parts = predict(latents, timestep, step, [0, 1])
     else:
-        mine = predict(latents, timestep, step, axis.rank)
-        conditional, negative = (part.float() for part in all_gather(axis, mine))
+        (mine,) = predict(latents, timestep, step, [axis.rank])
+        parts = all_gather(axis, mine)
+    conditional, negative = (part.float() for part in parts)
     return negative + step.guidance * (conditional - negative)
 
 
