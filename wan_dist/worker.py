@@ -110,6 +110,7 @@ def _import_the_rest(config: Config, env: RankEnv) -> None:
 def _record_failure(error: BaseException, env: RankEnv, config_path: Path, log: Path, state: dict[str, Any]) -> None:
     """Put the failure where the agent (our own, or torchrun's) finds it, and into this rank's log."""
     from wan_dist.distributed.collectives import PeerLostError
+    from wan_dist.distributed.out_of_memory import is_out_of_memory
     from wan_dist.loading.tensor_files import CheckpointError, RemoteCheckpointError
     from wan_dist.output.kept_latents import how_to_decode
     from wan_dist.planning.refusal import RefusedError
@@ -124,10 +125,11 @@ def _record_failure(error: BaseException, env: RankEnv, config_path: Path, log: 
     if advice is not None:
         error.add_note(advice)
     report = state.get("report")
-    if _is_out_of_memory(error) and report is not None and report.plan is not None:
+    out_of_memory = is_out_of_memory(error)
+    if out_of_memory and report is not None and report.plan is not None:
         from wan_dist.planning.advice import out_of_memory_note
 
-        error.add_note(out_of_memory_note(report.plan, state["config"], report.phase, report.peak_bytes()))
+        error.add_note(out_of_memory_note(report.plan, state["config"], report.phase, env.rank, report.peak_bytes()))
     failure = {
         "time": time.time(),
         "rank": env.rank,
@@ -135,7 +137,7 @@ def _record_failure(error: BaseException, env: RankEnv, config_path: Path, log: 
         "phase": report.phase if report else state["phase"],
         "message": f"{type(error).__name__}: {error}",
         "traceback": "".join(traceback.format_exception(error)),
-        "expected": isinstance(error, (CheckpointError, RefusedError)),
+        "expected": isinstance(error, (CheckpointError, RefusedError)) and not out_of_memory,
         "refused": isinstance(error, RefusedError),
         "consequence": consequence,
         "log": str(log),
@@ -148,13 +150,6 @@ def _record_failure(error: BaseException, env: RankEnv, config_path: Path, log: 
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     _try(lambda: get_error_handler().record_exception(error))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Of a device, or of the host: torch's CPU allocator says so in the words of a RuntimeError only."""
-    import torch
-
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _try(action: Callable[[], Any]) -> None:

@@ -88,7 +88,7 @@ def work(
     config.parallelism.fsdp.enabled, config.parallelism.vae = fsdp, "on" if ranks > 1 else "off"
     checkpoint = checkpoint_of(model)
     task = Task.of_request(config, checkpoint, guided=guided)
-    return work_of(config, checkpoint, task, degrees=mesh, device=device, local_ranks=local_ranks or ranks)
+    return work_of(config, checkpoint, task, degrees=mesh, device=device, local_ranks=local_ranks or ranks, threads=1)
 
 
 def gpu(gigabytes: float, *, host: float | None = None, local_ranks: int = 1, host_gb_s: float = 55.0) -> Machine:

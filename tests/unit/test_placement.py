@@ -95,9 +95,10 @@ def test_policy(case):
         ("1.3b", {"vae": "float32"}, gpu(8), {}),  # of which its fp32 VAE is too much
         ("14b", {"steps": 4, "guided": False}, gpu(24), {}),  # streaming is the user's to order
         ("a14b", {}, gpu(80), {"mode": "manual"}),
-        ("a14b", {}, gpu(24, host=50), {}),  # 56.2 GB of blocks
-        ("14b", {}, gpu(24, host=28), {"transformer": L}),
-        ("14b", {"tp": 2}, gpu(16, host=28, local_ranks=2), {}),
+        ("a14b", {}, gpu(24, host=40), {}),  # 56.2 GB of blocks, of which some have room on the device
+        ("14b", {}, gpu(24, host=14), {"transformer": L}),
+        ("14b", {}, gpu(24, host=28), {"transformer": L, "resident_blocks": 0}),
+        ("14b", {"tp": 2}, gpu(16, host=14, local_ranks=2), {}),
         ("14b", {}, gpu(24), {"transformer": R}),
         ("14b", {}, gpu(10), {"text_encoder": C}),
         ("a14b", {}, gpu(48), {"mode": "speed", "transformer": R}),
@@ -254,8 +255,15 @@ def test_what_barely_fits_is_the_leanest_and_a_warning():
     assert plan.how("transformer") == R and plan.experts_leave
     (warning,) = plan.warnings
     assert "less than a tenth" in warning and "8.36 of 9 GB" in warning
-    (warning,) = placed(work("14b"), gpu(24, host=30)).warnings
+    (warning,) = placed(work("14b"), gpu(24, host=30), resident_blocks=0).warnings
     assert "28.1 of 30 GB" in warning  # it is the host's memory that is short
+
+
+def test_blocks_for_which_the_host_lacks_room_stay_on_the_device():
+    plan, machine = placed(work("14b"), gpu(24, host=30)), gpu(24, host=30)
+    assert plan.streaming("transformer").resident_blocks == 2 and plan.warnings == ()
+    assert fits(plan.footprint, machine, TO_SPARE)
+    assert placed(work("14b"), gpu(24, host=64)).streaming("transformer").resident_blocks == 0
 
 
 def test_the_host_must_hold_what_is_streamed():
@@ -292,7 +300,7 @@ def test_weights_count_as_they_are_served():
     """Published files are in fp32; what is planned is bf16."""
     config, checkpoint = config_of("14b"), published("Wan-AI/Wan2.1-T2V-14B-Diffusers")
     task = Task.of_request(config, checkpoint, guided=True)
-    todo = work_of(config, checkpoint, task, degrees=degrees_of(), device="cuda", local_ranks=1)
+    todo = work_of(config, checkpoint, task, degrees=degrees_of(), device="cuda", local_ranks=1, threads=1)
     transformer = todo.weights["transformer"]
     assert transformer.file_bytes == pytest.approx(57.2e9, rel=0.01)
     assert transformer.total == pytest.approx(28.6e9, rel=0.01)

@@ -13,6 +13,7 @@ from wan_dist.loading.published import file_dtypes
 from wan_dist.planning.degrees import AXES, choose_degrees
 from wan_dist.planning.rates import rates_of
 from wan_dist.planning.refusal import RefusedError
+from wan_dist.planning.room import counted
 from wan_dist.planning.survey import Candidate, Place, best, shown_placement, survey
 from wan_dist.planning.workload import Sizes, Task, step_shape
 
@@ -37,8 +38,9 @@ def show_plan(config: Config, checkpoint: Checkpoint, name: str, *, guided: bool
     }
     print(json.dumps(document), flush=True)
     print(text(config, place, candidates, chosen), file=sys.stderr, flush=True)
-    if chosen is None:
-        raise RefusedError(list(dict.fromkeys(r for candidate in candidates for r in candidate.refusals)))
+    if chosen is None:  # the table names them all; in full, that of the mesh that would be tried first
+        first = next((c for c in candidates if c.degrees == usual), candidates[0])
+        raise RefusedError(list(first.refusals))
 
 
 def overrides(candidate: Candidate) -> str:
@@ -108,7 +110,7 @@ def _mesh(candidate: Candidate, is_best: bool) -> dict[str, Any]:
 
 def text(config: Config, place: Place, candidates: list[Candidate], chosen: Candidate | None) -> str:
     """The table, with what decided it above and what was refused below."""
-    where = f"{place.ranks} ranks on {place.nodes} node{'s' * (place.nodes > 1)}, {place.device}"
+    where = f"{counted(place.ranks, 'rank')} on {counted(place.nodes, 'node')}, {place.device}"
     where += "" if place.device_bytes is None else f", {place.device_bytes / 1e9:g} GB a device"
     where += "" if place.host_bytes is None else f", {place.host_bytes / 1e9:.3g} GB of host memory a node"
     video = f"{config.video.height}x{config.video.width}x{config.video.num_frames}"
@@ -139,8 +141,8 @@ def text(config: Config, place: Place, candidates: list[Candidate], chosen: Cand
         lines += ["", f"best: {overrides(chosen)}"]
         lines += [f"  {p.component}: {p.how}: {p.reason}" for p in chosen.plan.placements]
         lines += [f"  warning: {warning}" for warning in chosen.plan.warnings]
-    if chosen is not None:  # else they are the error
-        lines += [f"refused: {shown_mesh(c)}: {refusal}" for c in candidates for refusal in c.refusals]
+    for candidate in candidates:
+        lines += [f"refused: {shown_mesh(candidate)}: {str(r).splitlines()[0]}" for r in candidate.refusals]
     return "\n".join(lines)
 
 

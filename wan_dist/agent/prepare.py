@@ -11,7 +11,7 @@ from wan_dist.agent.room import best_mesh, contradictions, plan_refusals, ranks_
 from wan_dist.config import freeze
 from wan_dist.config.normalise import normalise_switches
 from wan_dist.config.schema import Config
-from wan_dist.loading.checkpoint import Checkpoint, open_checkpoint, weight_problems
+from wan_dist.loading.checkpoint import Checkpoint, header_problems, open_checkpoint, weight_problems
 from wan_dist.loading.published import published
 from wan_dist.loading.source import Source
 from wan_dist.loading.tensor_files import CheckpointError
@@ -156,6 +156,8 @@ def _open(config: Config, invocation: Invocation) -> tuple[Source, Checkpoint | 
         checkpoint = _known(source) if config.task == "plan" else open_checkpoint(source.configs())
         here = Path(source.name).is_dir() and not source.name.startswith("built:")
         problems = weight_problems(checkpoint, _components(config)) if here else []
+        if here and config.task == "plan" and not problems:  # a run says so when it reads them
+            problems = header_problems(checkpoint)
         found = [_model_refusal(source.name, problem) for problem in problems]
         found += rules.checkpoint_refusals(checkpoint, "model.path", source.name)
         for expert in checkpoint.experts:
@@ -190,8 +192,10 @@ def _request_against_checkpoint(
     if given.task == "decode":
         return take_over_request(given, resolved, shape), [], True
     found = rules.video_refusals(resolved.video, shape)
-    if given.task == "generate":
-        found += [r for r in image_refusals(resolved, checkpoint) if r.key not in {other.key for other in found}]
+    if given.task in ("generate", "plan"):
+        known = {other.key for other in found}
+        wrong = [r for r in image_refusals(resolved, checkpoint) if r.key not in known]
+        found += [r for r in wrong if given.task == "generate" or r.value is not None]  # a plan needs no picture
     found += rules.sampler_refusals(given, resolved.sampler, checkpoint)
     heads = sorted(
         {ModelShape.from_configs(checkpoint.configs[e], checkpoint.configs["vae"]).heads for e in checkpoint.experts}
@@ -199,8 +203,9 @@ def _request_against_checkpoint(
     steps = _steps_if_they_matter(resolved, checkpoint) if not found else None
     sampler = resolved.sampler
     if steps is None:
-        scale = float(sampler.guidance_scale or 0)
-        return found, heads, is_guided(scale, scale)
+        first, second = float(sampler.guidance_scale or 0), float(sampler.guidance_scale_2 or 0)
+        two = given.task == "plan" and len(checkpoint.experts) > 1
+        return found, heads, is_guided(first, first) or (two and is_guided(second, first))
     for expert in sorted({step.expert for step in steps} - set(checkpoint.experts)):
         why = f"steps fall to {expert}, which this checkpoint lacks"
         found.append(Refusal("sampler.boundary_ratio", sampler.boundary_ratio, why, f"it has {checkpoint.experts}"))
@@ -213,6 +218,8 @@ def _steps_if_they_matter(config: Config, checkpoint: Checkpoint) -> list[Step] 
     one_expert = len(checkpoint.experts) < 2
     first, second = float(sampler.guidance_scale or 0), float(sampler.guidance_scale_2 or 0)
     scales_differ = is_guided(first, first) != is_guided(second, first)
+    if config.task == "plan":  # which takes no torch: whatever may be guided is
+        return None
     if sampler.boundary_ratio is None or not (one_expert or scales_differ) or not sampler.steps or sampler.steps < 1:
         return None
     from wan_dist.sampling.solvers import scheduled
@@ -225,7 +232,7 @@ def _choose_device(config: Config) -> None:
     runtime, plans_for_gpus = config.runtime, config.task == "bench" and config.bench.kind == "scale"
     if plans_for_gpus:
         runtime.device = "cpu"
-    elif config.task == "plan" and config.plan.device_memory_gb is not None:
+    elif config.task == "plan" and config.plan.device_memory_gb is not None and runtime.device == "auto":
         runtime.device = "cuda"
     if runtime.device not in ("cpu", "cuda"):
         runtime.device = "cuda" if visible_gpus() else "cpu"
@@ -239,7 +246,9 @@ def _place(
     fit. heads: of each expert, as far as known. checkpoint: of a request that can run, so far."""
     bench = config.bench.kind if config.task == "bench" else None
     if config.task == "plan":
-        return plan_refusals(config, guided=guided, heads=heads)
+        return plan_refusals(
+            config, guided=guided, heads=heads, world=invocation.world, local_ranks=invocation.local_ranks
+        )
     if bench == "scale":
         config.runtime.ranks = 1  # the worlds are not run
         return rules.scale_refusals(config.bench, config.parallelism, world=invocation.world)

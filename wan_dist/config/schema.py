@@ -145,10 +145,10 @@ class LaunchConfig:
 class PlanConfig:
     """The machine that `task=plan` plans for."""
 
-    ranks: int | None = at_least(None, 1)
-    nodes: int | None = at_least(None, 1)
-    device_memory_gb: float | None = at_least(None, 0, above=True)
-    host_memory_gb: float | None = at_least(None, 0, above=True)
+    ranks: int | None = at_least(None, 1, 4096)
+    nodes: int | None = at_least(None, 1, 4096)
+    device_memory_gb: float | None = at_least(None, 0, 1e6, above=True)
+    host_memory_gb: float | None = at_least(None, 0, 1e6, above=True)
     matmul_tflops: float | None = at_least(None, 0, above=True)
     attention_tflops: float | None = at_least(None, 0, above=True)
     node_gb_s: float | None = at_least(None, 0, above=True)

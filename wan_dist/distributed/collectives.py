@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from wan_dist.distributed.mesh import Axis, Mesh
+from wan_dist.distributed.out_of_memory import is_out_of_memory
 
 _AS_LONG_AS_IT_TAKES = timedelta(days=24)  # in milliseconds it must fit 31 bits
 
@@ -24,9 +25,9 @@ class PeerLostError(RuntimeError):
 def _run(axis: Axis, name: str, collective: Callable[[], Any]) -> None:
     try:
         collective()
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise PeerLostError(f"{name} over axis {axis.name!r} failed: {error}") from error
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wan_dist.loading.tensor_files import CheckpointError, weight_files
+from wan_dist.loading.tensor_files import CheckpointError, read_component, weight_files
 
 EXPERTS = ("transformer", "transformer_2")  # high noise (or the only one), low noise
 _WITH_WEIGHTS = ("text_encoder", "image_encoder", "vae", *EXPERTS)
@@ -98,6 +98,17 @@ def weight_problems(checkpoint: Checkpoint, components: Collection[str] | None =
         except CheckpointError as error:
             if "shard is missing" not in str(error):  # a fault of the files, reported when they are read
                 problems.append(str(error))
+    return problems
+
+
+def header_problems(checkpoint: Checkpoint) -> list[str]:
+    """Faults of the weight files that are here, as far as their headers tell: the first of each component."""
+    problems = []
+    for name in checkpoint.configs:
+        try:
+            read_component(checkpoint.path / name)
+        except (CheckpointError, OSError) as error:
+            problems.append(str(error))
     return problems
 
 

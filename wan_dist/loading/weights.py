@@ -20,6 +20,7 @@ from wan_dist.config.schema import FsdpConfig
 from wan_dist.distributed.collectives import gather_objects
 from wan_dist.distributed.fsdp import local_parameter, shard_model, shard_rows
 from wan_dist.distributed.mesh import Axis, FsdpMesh, Mesh
+from wan_dist.distributed.out_of_memory import is_out_of_memory
 from wan_dist.layers.weight_loader import Ranges, WeightLoader, capture_weight_loaders, weight_loader
 from wan_dist.loading.slices import SliceReader, rows_within
 from wan_dist.loading.tensor_files import CheckpointError, RemoteCheckpointError, TensorEntry, read_component
@@ -49,9 +50,11 @@ def from_files(folder: Path, build: Callable[[], Result]) -> Result:
     """`build()`, whose errors are the checkpoint's: libraries raise all kinds over a config or tokenizer file."""
     try:
         return build()
-    except (CheckpointError, torch.OutOfMemoryError):
+    except CheckpointError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         first = next(iter(str(error).strip().splitlines()), "")
         raise CheckpointError(f"{folder}: cannot be used ({type(error).__name__}: {first})") from error
 

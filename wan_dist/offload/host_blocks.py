@@ -6,7 +6,9 @@ kernel's (memfd) that the local ranks map: those that stream the same weights sh
 them.
 """
 
+import mmap
 import os
+import uuid
 import weakref
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
@@ -20,7 +22,7 @@ from wan_dist.distributed.mesh import Axis
 from wan_dist.log import logger
 
 _ALIGNMENT = 64
-_PAGE = 4096  # blocks begin on pages of their own, since pages are what is pinned
+_PAGE = os.sysconf("SC_PAGE_SIZE")  # blocks begin on pages of their own, since pages are what is pinned
 
 
 @dataclass(frozen=True)
@@ -132,16 +134,17 @@ def shared_memory(nbytes: int, axis: Axis, key: Hashable) -> tuple[torch.Tensor,
         return memory, owner == axis.rank
     if owner != axis.rank:
         logger.warning("host memory cannot be shared with rank %d: this rank holds a copy of its own", owner)
-    return torch.zeros(nbytes, dtype=torch.uint8), True
+    own = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # on pages of its own
+    return torch.frombuffer(own, dtype=torch.uint8)[:nbytes], True
 
 
-def machine_identity() -> tuple[str, int] | int:
+def machine_identity() -> tuple[str, int] | str:
     """What only processes that see each other in /proc have in common: a node, or a container of it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return boot, Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
-        return os.getpid()
+        return uuid.uuid4().hex  # nobody's but ours
 
 
 def _anonymous_file(nbytes: int) -> int | None:
@@ -152,7 +155,12 @@ def _anonymous_file(nbytes: int) -> int | None:
     except OSError as error:
         logger.warning("%s", error)
         return None
-    os.ftruncate(handle, max(nbytes, 1))
+    try:
+        os.ftruncate(handle, max(nbytes, 1))
+    except OSError as error:
+        logger.warning("%s", error)
+        os.close(handle)
+        return None
     return handle
 
 

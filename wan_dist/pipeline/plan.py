@@ -33,26 +33,47 @@ def agreed_plan(config: Config, checkpoint: Checkpoint, task: Task, mesh: Mesh, 
     machine = common_machine(mesh, device, rates_of(config.plan, device.type).host)
     degrees = {axis: getattr(config.parallelism, axis) for axis in AXES}
     work_for = partial(
-        work_of, checkpoint=checkpoint, task=task, degrees=degrees, device=device.type, local_ranks=machine.local_ranks
+        work_of,
+        checkpoint=checkpoint,
+        task=task,
+        degrees=degrees,
+        device=device.type,
+        local_ranks=machine.local_ranks,
+        threads=max(gather_objects(mesh.world, torch.get_num_threads())),
     )
     plan = on_every_rank(mesh.world, partial(place_or_refuse, config, work_for, machine))
     if device.type == "cuda" and config.plan.host_gb_s is None and any(p.streaming for p in plan.placements):
         measured = min(gather_objects(mesh.world, host_to_device_rate(device)))
         plan = place_or_refuse(config, work_for, replace(machine, host_bytes_per_s=measured))
-    digests = gather_objects(mesh.world, plan.digest())
-    if others := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
-        raise CheckpointError(
-            f"{checkpoint.path}: ranks {others} plan otherwise than rank 0: their copies of it differ"
-        )
+    _check_agreement(mesh, (degrees, plan.digest()), checkpoint)
     for placement in plan.placements:
         logger.info("plan: %s %s: %s", placement.component, placement.how, placement.reason)
     if mesh.world.rank == 0:
-        for warning in plan.warnings:
-            logger.warning("%s", warning)
-            print(f"wan-dist: {warning}", file=sys.stderr, flush=True)
-        folder = run_folder(Path(str(config.output.dir)), config.output.name)
-        (folder / PLAN_FILE).write_text(planned_note(plan, config) + "\n")
+        _tell(plan, config)
     return plan
+
+
+def _check_agreement(mesh: Mesh, mine: tuple[dict[str, int], str], checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError on every rank where one has another mesh or plan than rank 0."""
+    everyone = gather_objects(mesh.world, mine)
+    for rank, (degrees, digest) in enumerate(everyone):
+        if degrees != everyone[0][0]:
+            raise CheckpointError(f"rank {rank} was told the mesh {degrees}, rank 0 {everyone[0][0]}: give the degrees")
+        if digest != everyone[0][1]:
+            why = "the files of the two nodes differ in size"
+            raise CheckpointError(f"{checkpoint.path}: rank {rank} plans otherwise than rank 0: {why}")
+
+
+def _tell(plan: Plan, config: Config) -> None:
+    """Warnings to the terminal; what is planned into the run's folder, for whoever finds a rank killed."""
+    for warning in plan.warnings:
+        logger.warning("%s", warning)
+        print(f"wan-dist: {warning}", file=sys.stderr, flush=True)
+    file = run_folder(Path(str(config.output.dir)), config.output.name) / PLAN_FILE
+    try:
+        file.write_text(planned_note(plan, config) + "\n")
+    except OSError as error:
+        logger.warning("%s: %s", file, error)
 
 
 def common_machine(mesh: Mesh, device: torch.device, host_bytes_per_s: float) -> Machine:

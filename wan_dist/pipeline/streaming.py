@@ -32,7 +32,8 @@ def load_streamed(
     blocks = {name: streamed_blocks(w.module, block_list, streaming.resident_blocks) for name, w in matched.items()}
     layouts = {name: [block_layout(block) for block in found.values()] for name, found in blocks.items()}
     budget = _pin_budget(run)
-    ring = SlotRing([layout for found in layouts.values() for layout in found], streaming.prefetch + 1, run.device)
+    everything = [layout for found in layouts.values() for layout in found]
+    ring = SlotRing(everything, min(streaming.prefetch + 1, len(everything)), run.device)
     loaded: dict[str, tuple[torch.nn.Module, LayerwiseStream | None]] = {}
     for name, weights in matched.items():
         logger.info("loading %s, streaming %d blocks", name, len(blocks[name]))

@@ -1,7 +1,8 @@
 """What to try where memory ran out although a plan said it would do: the next rung down, as overrides to paste."""
 
 from wan_dist.config.schema import Config
-from wan_dist.planning.footprint import COMPONENT, DECODE, DENOISE, ENCODE_TEXT, LAYERWISE, RESIDENT
+from wan_dist.planning.degrees import degrees_of, fsdp_division
+from wan_dist.planning.footprint import COMPONENT, DECODE, DENOISE, ENCODE_TEXT, FSDP, LAYERWISE, RESIDENT
 from wan_dist.planning.placement import Plan
 from wan_dist.planning.room import table
 
@@ -9,30 +10,33 @@ from wan_dist.planning.room import table
 _PLANNED = {"encode": ENCODE_TEXT, "load": DENOISE, "denoise": DENOISE, "decode": DECODE, "write": DECODE}
 
 
-def out_of_memory_note(plan: Plan, config: Config, phase: str, measured: int | None) -> str:
+def out_of_memory_note(plan: Plan, config: Config, phase: str, rank: int, measured: int | None) -> str:
     """The plan's numbers beside what was measured (the peak so far, bytes), and what to try. phase: the record's name
-    of the one that failed."""
+    of the one that failed, on that rank."""
     planned = plan.footprint.device.get(_PLANNED.get(phase, ""), plan.footprint.peak_device)
     had = "" if measured is None else f", {measured / 1e9:.3g} GB were taken at the peak until then"
     lines = [
         f"out of memory in phase {phase}: the plan said {planned / 1e9:.3g} GB on a rank{had}",
         table(plan.footprint),
     ]
-    return "\n".join([*lines, "try, in order: " + "; ".join(next_to_try(plan, config, phase))])
+    return "\n".join([*lines, "try, in order: " + "; ".join(next_to_try(plan, config, phase, rank))])
 
 
 def planned_note(plan: Plan, config: Config) -> str:
-    """The plan's numbers, and what to try where they prove wrong in a way that no rank lives to tell."""
-    phase = max(plan.footprint.node, key=lambda name: plan.footprint.node[name], default=DENOISE)
-    of_record = next((name for name, planned in _PLANNED.items() if planned == phase and name != "load"), "denoise")
-    tries = "; ".join(next_to_try(plan, config, of_record))
-    return f"planned:\n{table(plan.footprint)}\nif memory runs out, try, in order: {tries}"
+    """The plan's numbers, and for each phase what to try where they prove wrong in a way that no rank lives to tell."""
+    lines = [f"planned:\n{table(plan.footprint)}"]
+    for phase in ("encode", "denoise", "decode"):
+        if _PLANNED[phase] in plan.footprint.device:
+            lines.append(f"if memory runs out in phase {phase}, try: {'; '.join(next_to_try(plan, config, phase, 0))}")
+    return "\n".join(lines)
 
 
-def next_to_try(plan: Plan, config: Config, phase: str) -> list[str]:
-    """Overrides that take less, the least costly first, then what changes the request."""
-    tries = []
-    if plan.how("text_encoder") == RESIDENT:
+def next_to_try(plan: Plan, config: Config, phase: str, rank: int) -> list[str]:
+    """Overrides that take less on that rank, the least costly first, then what changes the request."""
+    tries: list[str] = []
+    if rank > 0 and plan.how("text_encoder") != FSDP:
+        pass  # it is the first rank's
+    elif plan.how("text_encoder") == RESIDENT:
         tries.append("offload.text_encoder=component")
     elif plan.how("text_encoder") == COMPONENT and phase == "encode":
         tries.append("offload.text_encoder=layerwise")
@@ -45,6 +49,10 @@ def next_to_try(plan: Plan, config: Config, phase: str) -> list[str]:
         tries += ["parallelism.vae=on"] if config.parallelism.vae == "off" and ranks > 1 else []
         tries += ["runtime.vae_dtype=bfloat16"] if config.runtime.vae_dtype == "float32" else []
     elif transformer in (RESIDENT, COMPONENT):
+        _, shards = fsdp_division(config.parallelism.fsdp, degrees_of(config.parallelism))
+        tries += ["parallelism.fsdp.enabled=on"] if shards > 1 and config.offload.transformer == "auto" else []
+        tries += ["offload.transformer=layerwise"]
+    elif transformer == FSDP:
         tries += ["offload.transformer=layerwise"]
     elif transformer == LAYERWISE:
         streaming = plan.streaming("transformer") or plan.streaming("transformer_2")

@@ -15,6 +15,11 @@ def given_degrees(parallelism: ParallelismConfig) -> dict[str, int]:
     return {axis: degree for axis in AXES if (degree := getattr(parallelism, axis)) is not None}
 
 
+def degrees_of(parallelism: ParallelismConfig) -> dict[str, int]:
+    """Of a resolved config, by axis."""
+    return {axis: getattr(parallelism, axis) or 1 for axis in AXES}
+
+
 def wanted_ranks(parallelism: ParallelismConfig, *, world: int | None, asked: int | None, found: int) -> int:
     """Number of ranks: torchrun's `world`, else `runtime.ranks` (`asked`), else the product of the degrees that are
     given, else `found` (what this machine suggests)."""

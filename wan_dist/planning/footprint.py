@@ -124,9 +124,10 @@ def footprint(work: Work, choice: Choice, machine: Machine) -> Footprint:
         streamed = sum(_on_host(work, choice, name) for name in here)
         others = rank[phase] = work.process
         if machine.device == "cpu":
-            encoders = sum(size for name, size in here.items() if _is_first_ranks(name, choice))
+            firsts = sum(size for name, size in here.items() if _is_first_ranks(name, choice))
+            firsts += working if phase == ENCODE_TEXT and choice.how["text_encoder"] != FSDP else 0
             rank[phase] += device[phase]
-            others += device[phase] - encoders
+            others += device[phase] - firsts
         rank[phase] += work.writing if phase == DECODE else 0
         node[phase] = rank[phase] + (machine.local_ranks - 1) * others + streamed
     return Footprint(device, rank, node, components, unknown)
@@ -171,10 +172,13 @@ def _on_device(work: Work, choice: Choice, name: str, machine: Machine) -> int:
 
 
 def _ring(work: Work, choice: Choice, name: str) -> int:
+    """The slots on the device: no more than there are blocks to stream through them."""
     weights, streaming = work.weights[name], choice.streaming[name]
-    if weights is None or streaming.resident_blocks >= len(weights.blocks):
+    if weights is None:
         return 0
-    return (streaming.prefetch + 1) * _largest(weights.blocks)
+    sharing = [other for other in choice.streaming if is_expert(other) == is_expert(name)]
+    streamed = sum(choice.streaming[other].blocks - streaming.resident_blocks for other in sharing)
+    return min(streaming.prefetch + 1, streamed) * _largest(weights.blocks)
 
 
 def _on_host(work: Work, choice: Choice, name: str) -> int:

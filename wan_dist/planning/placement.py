@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import ceil
 
 from wan_dist.config.schema import Config
 from wan_dist.planning.footprint import (
@@ -166,7 +167,7 @@ def order_refusals(orders: Orders, *, blocks: Mapping[str, int]) -> list[Refusal
     found = []
     for name in ("vae", "image_encoder"):
         if getattr(orders, name) == LAYERWISE:
-            shown = name.replace("_", " ")
+            shown = {"vae": "VAE"}.get(name, name.replace("_", " "))
             why = f"the {shown} is never streamed: every call runs all of its weights for a moment's work"
             found.append(Refusal(f"offload.{name}", LAYERWISE, why, "use component, or auto"))
     if orders.fsdp == "on" and orders.transformer != _AUTO:
@@ -187,10 +188,24 @@ def _choices(work: Work, machine: Machine, orders: Orders) -> Iterator[Choice]:
                 name: transformer if is_expert(name) else _ordered(orders, name) or others[name]
                 for name in work.weights
             }
-            plain = Choice(how, _streaming(work, machine, orders, how, may_stay=0), experts_leave)
+            plain = Choice(how, _streaming(work, machine, orders, how), experts_leave)
             if (blocks := _blocks_that_fit_beside(work, machine, plain)) > 0:
                 yield Choice(how, _streaming(work, machine, orders, how, may_stay=blocks), experts_leave)
             yield plain
+            if (blocks := _blocks_without_room_on_host(work, machine, plain)) > 0:
+                yield Choice(how, _streaming(work, machine, orders, how, stay=blocks), experts_leave)
+
+
+def _blocks_without_room_on_host(work: Work, machine: Machine, plain: Choice) -> int:
+    """How many blocks of each streamed transformer the host's memory is short of, so that they must stay on a GPU; 0
+    where it is not, or they are too many to be streamed at all."""
+    streamed = [work.weights[name] for name in work.experts if plain.how[name] == LAYERWISE]
+    blocks = [weights.blocks for weights in streamed if weights is not None and weights.blocks]
+    if not blocks or machine.device == "cpu" or machine.host_bytes is None:
+        return 0
+    short = footprint(work, plain, machine).peak_node - (1 - TO_SPARE) * machine.host_bytes
+    count = ceil(short / (work.copies * sum(map(max, blocks)))) if short > 0 else 0
+    return count if count < min(map(len, blocks)) else 0
 
 
 def _blocks_that_fit_beside(work: Work, machine: Machine, plain: Choice) -> int:
@@ -205,8 +220,8 @@ def _blocks_that_fit_beside(work: Work, machine: Machine, plain: Choice) -> int:
 
 
 def _transformer_options(work: Work, orders: Orders) -> list[str]:
-    if orders.fsdp == "on" and work.shards > 1:
-        return [FSDP]
+    if orders.fsdp == "on":  # one rank alone has all rows of its replica
+        return [FSDP if work.shards > 1 else RESIDENT]
     if orders.transformer != _AUTO:
         return [orders.transformer]
     if orders.mode == "manual":
@@ -229,10 +244,10 @@ def _other_options(work: Work, orders: Orders, transformer: str) -> list[tuple[d
         return [(stay, False)]
     may_leave = transformer == RESIDENT and orders.transformer == _AUTO and DECODE in work.working
     divided = {"text_encoder": FSDP if transformer == FSDP else LAYERWISE}
-    rest = [
-        ({**encoders_leave, "vae": COMPONENT}, may_leave),
-        ({**encoders_leave, **divided, "vae": COMPONENT}, may_leave),
-    ]
+    rest = [({**encoders_leave, "vae": COMPONENT}, may_leave)]
+    could_be_sharded = transformer == RESIDENT and orders.fsdp == _AUTO and work.shards > 1
+    if not (orders.mode == "speed" and could_be_sharded):  # which is tried next, and streams nothing
+        rest.append(({**encoders_leave, **divided, "vae": COMPONENT}, may_leave))
     if orders.mode == "memory":
         return rest
     leave = [({**stay, **encoders_leave}, False), *([({**stay, **encoders_leave}, True)] if may_leave else [])]
@@ -247,11 +262,12 @@ def _ordered(orders: Orders, name: str) -> str | None:
 
 
 def _streaming(
-    work: Work, machine: Machine, orders: Orders, how: Mapping[str, str], *, may_stay: int
+    work: Work, machine: Machine, orders: Orders, how: Mapping[str, str], *, may_stay: int = 0, stay: int | None = None
 ) -> dict[str, Streaming]:
-    """How each streamed component streams. may_stay: how many blocks there is room for, if hiding the copies takes
-    them."""
+    """How each streamed component streams; the orders are about the transformer. may_stay: how many blocks there is
+    room for, if hiding the copies takes them. stay: how many are to stay on the device, whatever they hide."""
     found = {}
+    resident_blocks = orders.resident_blocks if orders.resident_blocks is not None else stay
     decides = orders.mode != "manual" and work.block_s is not None
     for name, weights in work.weights.items():
         if how[name] != LAYERWISE:
@@ -262,8 +278,8 @@ def _streaming(
             blocks,
             compute_s=visit_s,
             bytes_per_s=machine.host_bytes_per_s,
-            prefetch=orders.prefetch,
-            resident_blocks=orders.resident_blocks if is_expert(name) else 0,
+            prefetch=orders.prefetch if is_expert(name) else 1,
+            resident_blocks=resident_blocks if is_expert(name) else 0,
             # at the change of experts two blocks of the next one are on their way
             least_prefetch=2 if is_expert(name) and len(work.experts) > 1 and orders.mode != "manual" else 1,
             may_stay=min(may_stay, len(blocks)),
@@ -294,12 +310,13 @@ def _where(work: Work, choice: Choice, name: str) -> str:
 
 
 def _transfer_warning(name: str, streaming: Streaming) -> str:
-    if not streaming.is_transfer_bound:
+    if not streaming.exposed_s():
         return ""
     assert streaming.copy_s is not None and streaming.compute_s is not None
     return (
-        f"a short clip for streaming: copying a block of the transformer takes {1e3 * streaming.copy_s:.1f} ms, "
-        f"computing with it {1e3 * streaming.compute_s:.1f}; {100 * streaming.hidden:.0f} % of the copying is hidden"
+        "streaming waits for copies (a short clip, or a slow link to the device): a block of the transformer takes "
+        f"{1e3 * streaming.copy_s:.1f} ms to copy, {1e3 * streaming.compute_s:.1f} to compute with; "
+        f"{100 * streaming.hidden:.0f} % of the copying is hidden"
     )
 
 
@@ -330,6 +347,8 @@ def _order_of(orders: Orders, name: str, how: str, work: Work) -> str | None:
     """The order that a placement follows, as the user would type it."""
     if how == FSDP and is_expert(name) and orders.fsdp == "on":
         return "parallelism.fsdp.enabled=on"
+    if how == RESIDENT and is_expert(name) and orders.fsdp == "on":
+        return "parallelism.fsdp.enabled=on: there is one rank to divide its rows over, which holds all of them"
     if _ordered(orders, name) is not None:
         return f"offload.{'transformer' if is_expert(name) else name}={how}"
     if orders.mode == "manual" or (orders.mode == "memory" and how in (LAYERWISE, COMPONENT)):

@@ -9,7 +9,7 @@ from wan_dist.planning.footprint import COMPONENT, LAYERWISE, Footprint, Machine
 from wan_dist.planning.placement import DoesNotFitError, Orders, Plan, order_refusals, place
 from wan_dist.planning.refusal import Refusal, RefusedError
 
-_OFFLOAD_KEYS = ("transformer", "text_encoder", "image_encoder", "vae")
+_OFFLOAD_KEYS = ("transformer", "text_encoder", "image_encoder", "vae", "prefetch", "resident_blocks", "mode")
 # What may be proposed instead of a larger one: sizes that every Wan model makes.
 _SMALLER_VIDEOS: tuple[dict[str, Any], ...] = (
     {"height": 480, "width": 832},
@@ -31,27 +31,36 @@ def place_or_refuse(config: Config, work_for: Callable[[Config], Work], machine:
         return place(work, machine, orders)
     except DoesNotFitError as error:
         tries = list(things_to_try(config, work_for, machine))
-        raise RefusedError([_refusal(error, machine, orders, tries)]) from None
+        key, value = _culprit(config, work_for, machine)
+        more = "fewer ranks" if machine.device == "cpu" and machine.local_ranks > 1 else "more ranks"
+        memory = "more host memory" if machine.device == "cpu" else "a device with more memory"
+        remedy = "try, in order: " + "; ".join([*tries, f"{more}, or {memory}"])
+        why = f"does not fit {room_words(machine)}"
+        raise RefusedError([Refusal(key, value, why, f"{remedy}\n{table(error.footprint)}")]) from None
 
 
-def _refusal(error: DoesNotFitError, machine: Machine, orders: Orders, tries: list[str]) -> Refusal:
-    ordered = [key for key in _OFFLOAD_KEYS if getattr(orders, key) != "auto"]
-    key = f"offload.{ordered[0]}" if ordered else "offload.mode"
-    value = getattr(orders, ordered[0]) if ordered else orders.mode
-    remedy = "try, in order: " + "; ".join([*tries, "more ranks, or a device with more memory"])
-    return Refusal(key, value, f"does not fit {room_words(machine)}", f"{remedy}\n{table(error.footprint)}")
+def _culprit(config: Config, work_for: Callable[[Config], Work], machine: Machine) -> tuple[str, str]:
+    """The key that does not fit: the first order without which the rest would, else the first, else the mode."""
+    orders = _orders(config)
+    for key in orders:
+        if _would_fit(config, {key: "auto"}, work_for, machine):
+            return key, orders[key]
+    return next(iter(orders.items()), ("offload.mode", config.offload.mode))
+
+
+def _orders(config: Config) -> dict[str, str]:
+    """What the user ordered of placements, by key."""
+    given = {f"offload.{key}": str(getattr(config.offload, key)) for key in _OFFLOAD_KEYS}
+    given["parallelism.fsdp.enabled"] = config.parallelism.fsdp.enabled
+    return {key: value for key, value in given.items() if value not in ("auto", "off")}
 
 
 def things_to_try(config: Config, work_for: Callable[[Config], Work], machine: Machine) -> Iterator[str]:
     """Overrides with which it would fit, the least costly first."""
-    given = {key: getattr(config.offload, key) for key in _OFFLOAD_KEYS}
-    free = {f"offload.{key}": "auto" for key, value in given.items() if value != "auto"}
-    if config.offload.mode == "manual":
-        free["offload.mode"] = "auto"
-    if config.parallelism.fsdp.enabled == "on":
-        free["parallelism.fsdp.enabled"] = "auto"
+    free = dict.fromkeys(_orders(config), "auto")
     least = {**free, "offload.mode": "memory", "runtime.vae_dtype": "bfloat16"}
     steps: list[dict[str, str]] = [
+        *({key: "auto"} for key in free),
         free,
         {"parallelism.fsdp.enabled": "on"},
         {**free, "parallelism.fsdp.enabled": "on"},
@@ -94,7 +103,8 @@ def _would_fit(
 
 def room_words(machine: Machine) -> str:
     """`the 24 GB of the device`, or of a node's host memory."""
-    on_host = f"the {_gb(machine.host_bytes)} GB of host memory that a node has for {machine.local_ranks} ranks"
+    ranks = counted(machine.local_ranks, "rank")
+    on_host = f"the {_gb(machine.host_bytes)} GB of host memory that a node has for {ranks}"
     if machine.device == "cpu":
         return on_host
     on_device = f"the {_gb(machine.device_bytes)} GB that are free on the device"
@@ -115,6 +125,11 @@ def table(found: Footprint) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     return "\n".join(f"    {row.rstrip()}" for row in rows)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _gb(nbytes: int | None) -> str:

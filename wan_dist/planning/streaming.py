@@ -29,6 +29,8 @@ class Streaming:
             return 0.0
         if self.resident_blocks >= self.blocks:
             return 1.0
+        if self.prefetch == 0:
+            return 0.0
         return min(1.0, _between_copies(self.compute_s, self.blocks, self.resident_blocks) / self.copy_s)
 
     @property

@@ -20,6 +20,7 @@ from wan_dist.planning.refusals import fsdp_refusals, mesh_refusals
 from wan_dist.planning.room import place_or_refuse
 from wan_dist.planning.traffic import bytes_sent, crosses_nodes, forwards_per_step
 from wan_dist.planning.workload import DTYPE_BYTES, Sizes, Task, decode_flops, step_flops, step_shape, work_of
+from wan_dist.topology import threads_per_rank
 
 _AS_GOOD = 1.05  # of the fastest mesh's time: within it the usual order of axes decides, which needs no prediction
 _VAE_RATE = 0.12  # of a device's matmul rate, that convolutions reach: 639 TFLOP in 6.9 s were seen on one H100
@@ -159,6 +160,7 @@ def _candidate(
         degrees=degrees,
         device=place.device,
         local_ranks=place.ranks_per_node,
+        threads=threads_per_rank(place.ranks_per_node),
         sizes=sizes,
     )
     work = work_for(config)

@@ -27,7 +27,6 @@ from wan_dist.planning.rates import rates_of
 from wan_dist.planning.traffic import StepShape, first_rank_share, forwards_per_step
 from wan_dist.planning.video_shape import ModelShape
 from wan_dist.planning.weights import Weights, component_weights
-from wan_dist.topology import threads_per_rank
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 _FEW_STEPS = 8  # the most that step-distilled Wan models take
@@ -54,7 +53,11 @@ class Task:
     def of_request(cls, config: Config, checkpoint: Checkpoint, *, guided: bool) -> "Task":
         """Of a generation before its schedule is made (which takes torch): every expert may have steps. Without an
         image, a model that makes a video of one will be given one."""
-        task = cls._of(config, checkpoint.experts, guided, config.sampler.steps or 0)
+        boundary, experts = config.sampler.boundary_ratio, checkpoint.experts
+        if boundary is not None and (boundary > 1 or boundary <= 0):  # all timesteps lie on one side of it
+            only = "transformer_2" if boundary > 1 else "transformer"
+            experts = (only,) if only in experts else experts
+        task = cls._of(config, experts, guided, config.sampler.steps or 0)
         takes = image_input(
             checkpoint.transformer_config, checkpoint.configs["vae"], expand_timesteps=checkpoint.expand_timesteps
         )
@@ -101,9 +104,10 @@ def work_of(
     degrees: Mapping[str, int],
     device: str,
     local_ranks: int,
+    threads: int,
     sizes: Sizes | None = None,
 ) -> Work:
-    """config: resolved. degrees: of the mesh. sizes: where several meshes share them."""
+    """config: resolved. degrees: of the mesh. threads: of a rank on a CPU. sizes: where several meshes share them."""
     _, shards = fsdp_division(config.parallelism.fsdp, degrees)
     names = [*task.experts]
     names += ["text_encoder"] if task.experts else []
@@ -120,7 +124,7 @@ def work_of(
         block_s=_block_seconds(config, checkpoint, degrees, device) if task.experts else None,
         shards=shards,
         copies=min(degrees["tp"], local_ranks),
-        process=process_bytes(threads=threads_per_rank(local_ranks) if device == "cpu" else 1),
+        process=process_bytes(threads=threads if device == "cpu" else 1),
         writing=process_bytes(pixels=_mp4_pixels(config)) - process_bytes(),
         vae_ranks=_vae_ranks(config, checkpoint, degrees),
         few_steps=0 < task.steps <= _FEW_STEPS and not task.guided,
@@ -197,7 +201,7 @@ def _denoising(
     through each of them with both branches."""
     forwards = forwards_per_step(degrees, guided=task.guided)
     return denoise_bytes(
-        TransformerSize.from_config(checkpoint.transformer_config),
+        TransformerSize.from_config(checkpoint.transformer_config, image_tokens=_image_tokens(checkpoint)),
         step_shape(config, checkpoint).tokens,
         tp=degrees["tp"],
         ulysses=degrees["ulysses"],
@@ -225,7 +229,18 @@ def step_shape(config: Config, checkpoint: Checkpoint) -> StepShape:
         ffn=shape.ffn,
         tokens=shape.tokens(video.num_frames, video.height, video.width),
         out_features=(transformer.get("out_channels") or shape.channels) * patch_t * patch_h * patch_w,
+        image_tokens=_image_tokens(checkpoint),
     )
+
+
+def _image_tokens(checkpoint: Checkpoint) -> int:
+    """That an image encoder gives the transformer's cross-attention: of one image, or of a first and a last one."""
+    transformer, encoder = checkpoint.transformer_config, checkpoint.configs.get("image_encoder", {})
+    if transformer.get("image_dim") is None:
+        return 0
+    encoder = encoder.get("vision_config", encoder)
+    of_one = (encoder.get("image_size", 224) // max(1, encoder.get("patch_size", 14))) ** 2 + 1
+    return transformer.get("pos_embed_seq_len") or of_one
 
 
 def step_flops(config: Config, checkpoint: Checkpoint, degrees: Mapping[str, int]) -> Flops:
