@@ -128,8 +128,8 @@ SMALL = ["sampler.steps=2", "video.height=64", "video.width=64", "video.num_fram
     ],
 )
 def test_memory_of_a_run_is_what_was_planned(tmp_path, heavier, overrides, samples):
-    """The peak is sampled every 10 ms, in which the tiny model's phases come and go unseen: of it the nearest of three
-    runs counts."""
+    """The peak is sampled every few milliseconds, in which the tiny model's may come and go unseen: of it the nearest
+    of three runs counts."""
     typed = [text.replace("HEAVIER", str(heavier)) for text in overrides]
     plan = wan_dist("task=plan", *typed, cwd=tmp_path)
     best = best_of(json.loads(plan.stdout))

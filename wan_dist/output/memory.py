@@ -28,7 +28,7 @@ def anonymous_bytes() -> int:
 class PeakHostMemory:
     """The peak of `anonymous_bytes`, sampled by a thread (the kernel keeps a peak only with file pages in it)."""
 
-    def __init__(self, interval_s: float = 0.01) -> None:
+    def __init__(self, interval_s: float = 0.003) -> None:
         self.base = self.peak = anonymous_bytes()
         self._interval = interval_s
         self._stopped = threading.Event()
