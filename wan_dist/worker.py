@@ -103,8 +103,15 @@ def _import_the_rest(config: Config, env: RankEnv) -> None:
         names += ["transformers.models.clip.modeling_clip", "diffusers.pipelines.wan.pipeline_wan_i2v"]
     if "mp4" in config.output.formats and first:
         names.append("av")
+    if not names:
+        return
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # without torchvision it says so; diffusers would then use the same
     for name in names:
         import_module(name)
+    transformers.logging.set_verbosity(level)
 
 
 def _record_failure(error: BaseException, env: RankEnv, config_path: Path, log: Path, state: dict[str, Any]) -> None:

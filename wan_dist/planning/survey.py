@@ -242,11 +242,6 @@ def _bytes_read(work: Work, plan: Plan, name: str) -> int:
     return weights.sharded_file_bytes if plan.how(name) == FSDP else weights.file_bytes
 
 
-def peak_phase(plan: Plan) -> str:
-    """The phase whose prediction is the highest on the device."""
-    return max(plan.footprint.device, key=lambda phase: plan.footprint.device[phase])
-
-
 def shown_placement(plan: Plan) -> str:
     """`transformer fsdp, text_encoder component`: what is not resident."""
     rest = [f"{p.component} {p.how}" for p in plan.placements if p.how in (COMPONENT, FSDP, LAYERWISE)]
