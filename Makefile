@@ -11,7 +11,7 @@ demo: .venv/.installed  ## one video from one prompt on two CPU ranks; its path 
 
 test: .venv/.installed-test  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ranks tests/e2e
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ranks tests/e2e tests/slurm
 
 check: .venv/.installed-dev  ## lint, format, types, layers
 	$(BIN)/ruff check .

@@ -3,10 +3,15 @@
 import glob
 import os
 import re
+import signal
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # asked by these, a run saves its state and ends
+EXIT_STOPPED = 75  # then: EX_TEMPFAIL of sysexits.h, try again
+_LAST_COMMON_STEP = 0xFFFFFFF0  # numbers above are Slurm's own: batch shell, interactive shell, extern
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,33 @@ def rank_env(env: Mapping[str, str] = os.environ) -> RankEnv | None:
     )
 
 
-def slurm_step(env: Mapping[str, str] = os.environ) -> str | None:
-    """`JOB.STEP` inside `srun`, else None (a batch shell or `salloc` may start several runs under one job id)."""
-    if "SLURM_JOB_ID" in env and "SLURM_STEP_ID" in env:
-        return f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}"
-    return None
+@dataclass(frozen=True)
+class SlurmStep:
+    """What `srun` tells a task: its job and step, the step's nodes (a host list, such as `node[1-4]`) and tasks, and
+    which of the nodes this one is."""
+
+    job: int
+    step: int
+    nodes: int
+    tasks: int
+    node_rank: int
+    hosts: str
+
+
+def slurm_step(env: Mapping[str, str] = os.environ) -> SlurmStep | None:
+    """This process as a task of `srun`, else None (a batch shell or `salloc` may start several runs in one job)."""
+    try:
+        found = SlurmStep(
+            job=int(env["SLURM_JOB_ID"]),
+            step=int(env["SLURM_STEP_ID"]),
+            nodes=int(env.get("SLURM_STEP_NUM_NODES", "1")),
+            tasks=int(env.get("SLURM_STEP_NUM_TASKS", "1")),
+            node_rank=int(env.get("SLURM_NODEID", "0")),
+            hosts=env.get("SLURM_STEP_NODELIST", ""),
+        )
+    except (KeyError, ValueError):
+        return None
+    return found if found.step < _LAST_COMMON_STEP else None
 
 
 def visible_gpus() -> int:

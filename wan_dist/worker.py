@@ -20,10 +20,13 @@ from typing import Any, NoReturn
 from wan_dist.config import freeze
 from wan_dist.config.schema import Config
 from wan_dist.log import log_to_file, logger, rank_log_path, silence
-from wan_dist.topology import RankEnv, rank_env
+from wan_dist.output.pulse import pulse_store, stacks_on_signal
+from wan_dist.planning.patience import stall_limits
+from wan_dist.topology import EXIT_STOPPED, RankEnv, rank_env
 
 _PR_SET_PDEATHSIG = 1
-_WAIT_FOR_AGENT_S = 10.0
+_WAIT_FOR_AGENT_S = 4.0  # on several nodes no agent ends this rank: they should be gone within 15 s
+_CONNECT_S = 60.0
 _SCHEDULERS = {"unipc": "unipc_multistep", "euler": "flow_match_euler_discrete", "dpm++": "dpmsolver_multistep"}
 
 
@@ -47,13 +50,13 @@ def run_rank(config_path: Path, env: RankEnv) -> NoReturn:
     if env.rank != 0:
         silence(log)
     log_to_file(log, env.rank)
+    stacks_on_signal(log)
     state: dict[str, Any] = {"phase": "import"}
     code = 0
     try:
         _run_task(freeze.load(config_path), env, state)
     except BaseException as error:
-        code = 1
-        _record_failure(error, env, config_path, log, state)
+        code = _record_end(error, env, config_path, log, state)
     gc.collect()
     for stream in (sys.stdout, sys.stderr):
         _try(stream.flush)
@@ -64,6 +67,11 @@ def _run_task(config: Config, env: RankEnv, state: dict[str, Any]) -> None:
     logger.info("rank %d of %d on %s, pid %d", env.rank, env.world_size, env.host, os.getpid())
     import torch
 
+    from wan_dist.distributed.process_group import agent_store
+    from wan_dist.distributed.stop import StopRequest
+
+    state["stop"] = stop = StopRequest()
+    stop.listen()
     if config.runtime.device == "cuda":
         device = torch.device("cuda", env.local_rank)  # the local index, never the global one
         torch.cuda.set_device(device)
@@ -71,22 +79,29 @@ def _run_task(config: Config, env: RankEnv, state: dict[str, Any]) -> None:
         device = torch.device("cpu")
     from wan_dist import bench
     from wan_dist.output.memory import return_large_tensors_at_once
+    from wan_dist.output.pulse import Pulse
     from wan_dist.output.record import RankReport
     from wan_dist.pipeline.decode import decode
     from wan_dist.pipeline.generate import generate
 
-    _import_the_rest(config, env)
-    if config.task != "bench" and device.type == "cpu":
-        return_large_tensors_at_once()
-    state["config"] = config
-    state["report"] = report = RankReport(env, device)
     if config.task == "bench":
         bench.run(config, env, device)
         return
-    outputs = (decode if config.task == "decode" else generate)(config, env, device, report)
+    pulse = Pulse(pulse_store(agent_store(_CONNECT_S), env.run_id), env.rank)
+    pulse.allow(stall_limits(config.runtime.stall_timeout_s, seconds={}))
+    _import_the_rest(config, env)
+    if device.type == "cpu":
+        return_large_tensors_at_once()
+    state["config"] = config
+    state["report"] = report = RankReport(env, device, pulse)
+    if config.task == "decode":
+        outputs = decode(config, env, device, report)
+    else:
+        outputs = generate(config, env, device, report, stop)
     paths = [outputs[kind] for kind in sorted(outputs, key=lambda kind: kind == "mp4")]  # the video's path last
     _try(lambda: print("\n".join(paths), flush=True) if paths else None)
     logger.info("done: %s", outputs)
+    pulse.close()
 
 
 def _import_the_rest(config: Config, env: RankEnv) -> None:
@@ -114,49 +129,72 @@ def _import_the_rest(config: Config, env: RankEnv) -> None:
     transformers.logging.set_verbosity(level)
 
 
-def _record_failure(error: BaseException, env: RankEnv, config_path: Path, log: Path, state: dict[str, Any]) -> None:
-    """Put the failure where the agent (our own, or torchrun's) finds it, and into this rank's log."""
+def _record_end(error: BaseException, env: RankEnv, config_path: Path, log: Path, state: dict[str, Any]) -> int:
+    """Put why this rank ends where the agent (our own, or torchrun's) finds it, and into this rank's log; returns the
+    exit code."""
     from wan_dist.distributed.collectives import PeerLostError
-    from wan_dist.distributed.out_of_memory import is_out_of_memory
-    from wan_dist.loading.tensor_files import CheckpointError, RemoteCheckpointError
-    from wan_dist.output.kept_latents import how_to_decode
-    from wan_dist.planning.refusal import RefusedError
+    from wan_dist.distributed.stop import StoppedError, StopRequest
+    from wan_dist.loading.tensor_files import RemoteCheckpointError
 
+    stop = state.get("stop")
+    StopRequest.ignore_no_more()
+    report = state.get("report")
+    if report is not None:  # nobody is to wait for a sign from this rank
+        report.pulse.close()
+    account: dict[str, Any] = {"time": time.time(), "rank": env.rank, "host": env.host, "log": str(log)}
+    if isinstance(error, StoppedError):
+        logger.info("%s; saved: %s of %s steps", error, error.saved, error.steps)
+        account |= {"stopped": True, "signal": error.signal, "saved": error.saved, "steps": error.steps}
+        _leave_account(account, config_path.parent, str(error))
+        return EXIT_STOPPED
     consequence = isinstance(error, (PeerLostError, RemoteCheckpointError))
     if consequence:
         # Another rank failed first; its agent is about to end this one. Only if none does is this the failure.
         logger.error("another rank failed: %s", error)
-        time.sleep(_WAIT_FOR_AGENT_S)
+        time.sleep(0 if stop is not None and stop.signal is not None else _WAIT_FOR_AGENT_S)
+    account |= _failure(error, env, config_path, log, state)
+    account["consequence"] = consequence
+    logger.error("failed in phase %s\n%s", account["phase"], account["traceback"])
+    _leave_account(account, config_path.parent, account["message"])
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    _try(lambda: get_error_handler().record_exception(error))
+    return 1
+
+
+def _failure(error: BaseException, env: RankEnv, config_path: Path, log: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """What the user is to know of an error."""
+    from wan_dist.distributed.out_of_memory import is_out_of_memory
+    from wan_dist.loading.tensor_files import CheckpointError
+    from wan_dist.output.kept_latents import how_to_decode
+    from wan_dist.planning.refusal import RefusedError
+
     error.add_note(f"rank {env.rank} on {env.host}; its log: {log}")
-    advice = how_to_decode(config_path)
-    if advice is not None:
+    advice, told = how_to_decode(config_path), list(error.__notes__)
+    if advice is not None and advice not in told:
         error.add_note(advice)
     report = state.get("report")
-    out_of_memory = is_out_of_memory(error)
+    out_of_memory, of_disk = is_out_of_memory(error), isinstance(error, OSError) and bool(error.filename)
     if out_of_memory and report is not None and report.plan is not None:
         from wan_dist.planning.advice import out_of_memory_note
 
         error.add_note(out_of_memory_note(report.plan, state["config"], report.phase, env.rank, report.peak_bytes()))
-    failure = {
-        "time": time.time(),
-        "rank": env.rank,
-        "host": env.host,
+    notes = [note for note in error.__notes__ if str(log) not in note]
+    return {
         "phase": report.phase if report else state["phase"],
-        "message": f"{type(error).__name__}: {error}",
+        "step": report.place if report else "",
+        "message": "\n".join([f"{type(error).__name__}: {error}", *notes]),
         "traceback": "".join(traceback.format_exception(error)),
-        "expected": isinstance(error, (CheckpointError, RefusedError)) and not out_of_memory,
+        "expected": (isinstance(error, (CheckpointError, RefusedError)) or of_disk) and not out_of_memory,
         "refused": isinstance(error, RefusedError),
-        "consequence": consequence,
-        "log": str(log),
     }
-    logger.error("failed in phase %s\n%s", failure["phase"], failure["traceback"])
-    try:
-        (config_path.parent / f"failure.rank{env.rank}.json").write_text(json.dumps(failure))
-    except OSError:  # a full disk, most likely, which may be what failed: then only this tells
-        _try(lambda: print(f"wan-dist: rank {env.rank}: {failure['message']}", file=sys.stderr, flush=True))
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    _try(lambda: get_error_handler().record_exception(error))
+
+def _leave_account(account: dict[str, Any], run_dir: Path, message: str) -> None:
+    try:
+        (run_dir / f"failure.rank{account['rank']}.json").write_text(json.dumps(account))
+    except OSError:  # a full disk, most likely, which may be what failed: then only this tells
+        _try(lambda: print(f"wan-dist: rank {account['rank']}: {message}", file=sys.stderr, flush=True))
 
 
 def _try(action: Callable[[], Any]) -> None:

@@ -61,6 +61,7 @@ class Ended:
 ACTIONS = {
     "SIGINT": lambda run: run.process.send_signal(signal.SIGINT),
     "SIGTERM": lambda run: run.process.send_signal(signal.SIGTERM),
+    "SIGUSR1": lambda run: run.process.send_signal(signal.SIGUSR1),
     "SIGKILL": lambda run: run.process.send_signal(signal.SIGKILL),
     "rank killed": lambda run: run.rank(1).send_signal(signal.SIGKILL),
     "rank raises": lambda run: None,
@@ -95,9 +96,9 @@ def test_nothing_is_left(ends, action):
     assert end.files == set()
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_ends_the_run_in_one_sentence(ends, name):
-    assert ends[name].code == 1
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 1), ("SIGTERM", 75), ("SIGUSR1", 75)])
+def test_a_signal_ends_the_run_in_one_sentence(ends, name, code):
+    assert ends[name].code == code
     assert ends[name].err.count(f"wan-dist: stopped by {name}") == 1 and "Traceback" not in ends[name].err
 
 
@@ -117,7 +118,8 @@ def test_a_killed_rank_is_named(ends):
     end = ends["rank killed"]
     assert end.code == 1 and "Traceback" not in end.err
     assert end.err.count("wan-dist: ") == 1
-    assert "rank 1 ended" in end.err and "SIGKILL" in end.err and f"{end.folder}/.run/video/rank1.log" in end.err
+    assert "rank 1 on " in end.err and "ended without an account: killed by SIGKILL" in end.err
+    assert f"{end.folder}/.run/video/rank1.log" in end.err
 
 
 def test_a_rank_that_raises_is_told_once(ends):

@@ -9,6 +9,7 @@ import pytest
 from support.commands import REPO
 from wan_dist.cli.free_text import is_multirun, literal_overrides
 from wan_dist.cli.overrides import check_overrides
+from wan_dist.cli.slurm_launcher import register_launcher
 from wan_dist.config.schema import GROUPS, Config, leaves
 from wan_dist.config.store import conf_dir, group_options, register_schemas
 
@@ -32,6 +33,13 @@ def test_command_composes(command):
         parsed = get_args_parser().parse_args(words[1:])
         assert (REPO / parsed.training_script).is_file()
         arguments = parsed.training_script_args
+    elif words[0] in ("scontrol", "scancel"):
+        assert words[-1] == "JOB"  # the tests of Slurm do the same to jobs of theirs
+        return
+    elif words[0] == "sbatch":
+        script = words.index("slurm/generate.sbatch")
+        assert (REPO / words[script]).is_file() and all(word.startswith("--") for word in words[1:script])
+        arguments = words[script + 1 :]
     else:
         assert words[0] == "wan-dist"
         arguments = words[1:]
@@ -46,6 +54,7 @@ def compose(arguments: list[str]) -> None:
     overrides = [o for o in literal_overrides(arguments, multirun=multirun) if not o.startswith("-")]
     assert check_overrides(overrides) == ([], overrides)
     register_schemas()
+    register_launcher()
     single = [o for o in overrides if not OverridesParser.create().parse_override(o).is_sweep_override()]
     assert len(single) == len(overrides) or multirun
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

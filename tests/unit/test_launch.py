@@ -2,15 +2,18 @@
 
 import json
 import pickle
+import signal
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
-from wan_dist.agent.launch import RankFailure, RunFailedError, describe, environment, root_cause
+from wan_dist.agent.failures import RankFailure, collect, describe, describe_stop, root_cause, stopped_by_request
+from wan_dist.agent.launch import RunFailedError, StoppedRunError, environment
 from wan_dist.agent.prepare import run_id
 from wan_dist.log import rank_log_path
-from wan_dist.topology import rank_env, slurm_step
+from wan_dist.topology import SlurmStep, rank_env, slurm_step
 
 RUN = Path("/runs/.run/video")
 
@@ -22,9 +25,12 @@ def account(rank: int, time: float, **more) -> dict:
     return {**base, "traceback": text, "expected": False, "log": log, **more}
 
 
-TOLD_LATE = RankFailure(0, 1, account(0, 20.0))
-TOLD_EARLY = RankFailure(2, 1, account(2, 10.0))
+TOLD_LATE = RankFailure(0, 1, account(0, 20.0), "node1")
+TOLD_EARLY = RankFailure(2, 1, account(2, 10.0), "node1")
 TERMINATED = RankFailure(1, -15, None)
+CONSEQUENCE = RankFailure(0, 1, account(0, 1.0, consequence=True), "node1")
+STOPPED = RankFailure(0, 75, {"time": 5.0, "stopped": True, "signal": "SIGTERM", "saved": 7, "steps": 20}, "node1")
+STOPPED_LOADING = RankFailure(1, 75, {"time": 5.0, "stopped": True, "signal": "SIGUSR1", "saved": None, "steps": 0})
 KILLED = RankFailure(3, -9, None)
 SILENT = RankFailure(4, 1, None)
 
@@ -38,8 +44,10 @@ SILENT = RankFailure(4, 1, None)
         ([SILENT, TOLD_LATE], TOLD_LATE),
         ([TERMINATED, SILENT], SILENT),
         ([RankFailure(0, -6, None), TOLD_LATE], TOLD_LATE),
-        ([RankFailure(0, 1, account(0, 5.0, consequence=True)), TOLD_LATE], TOLD_LATE),
-        ([RankFailure(0, 1, account(0, 5.0, consequence=True)), RankFailure(1, -6, None)], RankFailure(1, -6, None)),
+        ([CONSEQUENCE, TOLD_LATE], TOLD_LATE),
+        ([CONSEQUENCE, RankFailure(1, -6, None)], RankFailure(1, -6, None)),
+        ([STOPPED, TOLD_LATE], TOLD_LATE),  # the agent ends the other ranks with the signal that asks for a stop
+        ([STOPPED, SILENT], SILENT),
         ([SILENT], SILENT),
         ([RankFailure(0, -6, account(0, 5.0)), TOLD_EARLY], RankFailure(0, -6, account(0, 5.0))),
     ],
@@ -56,7 +64,8 @@ def test_an_unexpected_failure_shows_its_traceback_once():
 
 
 def test_an_expected_failure_shows_only_its_message():
-    failure = RankFailure(0, 1, account(0, 1.0, expected=True, message="CheckpointError: a.safetensors: truncated"))
+    told = account(0, 1.0, expected=True, message="CheckpointError: a.safetensors: truncated")
+    failure = RankFailure(0, 1, told, "node1")
     assert describe(failure, RUN) == (
         f"rank 0 on node1 failed in phase load: CheckpointError: a.safetensors: truncated\nits log: {RUN / 'rank0.log'}"
     )
@@ -72,11 +81,79 @@ def test_an_expected_failure_shows_only_its_message():
 )
 def test_a_rank_that_could_not_tell(failure, words):
     assert describe(failure, RUN) == f"{words}\nits log: {rank_log_path(RUN, failure.rank)}"
+    there = replace(failure, host="node2")
+    assert describe(there, RUN).startswith(f"rank {failure.rank} on node2 ended without an account: ")
 
 
 def test_the_error_can_be_pickled_and_the_account_is_json():
     assert str(pickle.loads(pickle.dumps(RunFailedError("rank 3 failed")))) == "rank 3 failed"
     assert json.loads(json.dumps(TOLD_EARLY.account)) == TOLD_EARLY.account
+
+
+def test_another_nodes_failure_is_told_without_its_traceback():
+    text = describe(TOLD_EARLY, RUN, elsewhere=True)
+    assert text == f"rank 2 on node1 failed in phase load: ValueError: wrong\nits log: {RUN / 'rank2.log'}"
+
+
+def test_the_step_is_told_where_there_is_one():
+    failure = RankFailure(2, 1, account(2, 1.0, phase="denoise", step="step 8 of 20"), "node1")
+    assert describe(failure, RUN).startswith("rank 2 on node1 failed in phase denoise, step 8 of 20\n")
+
+
+def test_the_last_lines_of_the_log_are_shown_up_to_the_account_itself(tmp_path):
+    lines = [f"line {number}" for number in range(9)]
+    own = ["2026-01-01 rank 3 ERROR wan_dist: failed in phase load", "Traceback (most recent call last):"]
+    rank_log_path(tmp_path, 3).write_text("\n".join([*lines, *own]))
+    shown = describe(KILLED, tmp_path).splitlines()
+    assert [line.strip() for line in shown[1:-1]] == ["the last lines of its log:", *lines[-5:]]
+
+
+@pytest.mark.parametrize(
+    ("failures", "request_", "stopped"),
+    [
+        ([STOPPED, STOPPED_LOADING], None, True),
+        ([STOPPED, CONSEQUENCE, TERMINATED], None, True),
+        ([TERMINATED], signal.SIGTERM, True),  # it did not listen yet
+        ([RankFailure(0, -signal.SIGUSR1, None)], signal.SIGUSR1, True),
+        ([CONSEQUENCE], signal.SIGTERM, True),  # of the stop of another node, whose folder is not shared
+        ([CONSEQUENCE], None, False),
+        ([TERMINATED], None, False),
+        ([STOPPED, TOLD_LATE], signal.SIGTERM, False),
+        ([STOPPED, KILLED], signal.SIGTERM, False),
+        ([STOPPED, SILENT], signal.SIGTERM, False),
+    ],
+)
+def test_what_is_a_clean_stop(failures, request_, stopped):
+    assert stopped_by_request(failures, request_) is stopped
+
+
+@pytest.mark.parametrize(
+    ("failures", "words"),
+    [
+        ([STOPPED_LOADING, STOPPED], "stopped by SIGUSR1 after step 7 of 20; its state is saved"),
+        ([STOPPED_LOADING], "stopped by SIGUSR1 before the first step; nothing was to be saved"),
+        ([TERMINATED], "stopped by SIGTERM before the first step; nothing was to be saved"),
+    ],
+)
+def test_a_stop_says_what_was_done(failures, words):
+    assert describe_stop(failures, signal.SIGTERM, RUN).startswith(words)
+
+
+def test_the_stop_of_a_run_that_is_complete_but_for_decoding():
+    done = RankFailure(0, 75, {**STOPPED.account, "saved": 20})
+    text = describe_stop([done], None, RUN)
+    assert "stopped by SIGTERM after the last step; " in text
+    assert text.endswith("with: output.resume=auto output.dir=/runs")
+    assert str(pickle.loads(pickle.dumps(StoppedRunError("stopped")))) == "stopped"
+
+
+def test_what_a_rank_could_not_tell_its_agent_does_for_the_other_nodes(tmp_path):
+    (tmp_path / "failure.rank2.json").write_text(json.dumps(account(2, 10.0)))
+    (here,) = collect(tmp_path, {3: -9})[:1]
+    assert (here.rank, here.exit_code, here.account) == (3, -9, None)
+    there = {failure.rank: failure for failure in collect(tmp_path, {2: 1})}
+    assert (there[3].exit_code, there[3].account, there[3].host) == (-9, None, here.host)
+    assert root_cause(list(there.values())).rank == 3
 
 
 def test_environment_is_put_back(monkeypatch):
@@ -93,7 +170,7 @@ def test_environment_is_put_back(monkeypatch):
 
 @pytest.fixture
 def no_slurm(monkeypatch):
-    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"):
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "WAN_DIST_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -106,6 +183,8 @@ def test_run_id_is_torchruns_else_slurms_else_the_time(no_slurm):
     assert run_id("none").startswith("20")
     no_slurm.setenv("SLURM_STEP_ID", "0")
     assert run_id("none") == "12.0"
+    no_slurm.setenv("WAN_DIST_RUN_ID", "12_1")
+    assert run_id("none") == "12_1"
     assert run_id("my-run") == "my-run"
 
 
@@ -115,7 +194,19 @@ def test_run_id_is_torchruns_else_slurms_else_the_time(no_slurm):
         ({}, None),
         ({"SLURM_JOB_ID": "7"}, None),
         ({"SLURM_STEP_ID": "1"}, None),
-        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1"}, "7.1"),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "4294967291"}, None),  # the batch shell, where Slurm names it
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1"}, SlurmStep(7, 1, 1, 1, 0, "")),
+        (
+            {
+                "SLURM_JOB_ID": "7",
+                "SLURM_STEP_ID": "1",
+                "SLURM_STEP_NUM_NODES": "2",
+                "SLURM_STEP_NUM_TASKS": "4",
+                "SLURM_NODEID": "1",
+                "SLURM_STEP_NODELIST": "node[1-2]",
+            },
+            SlurmStep(7, 1, 2, 4, 1, "node[1-2]"),
+        ),
     ],
 )
 def test_slurm_step(env, step):

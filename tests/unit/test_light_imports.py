@@ -10,7 +10,8 @@ LIGHT = {
     "wan_dist.planning.refusals, wan_dist.planning.degrees, wan_dist.planning.defaults": (*HEAVY, "hydra"),
     "wan_dist.distributed.shard_conditions, wan_dist.planning.room, wan_dist.loading.sizes": (*HEAVY, "hydra"),
     "wan_dist.models.architecture, wan_dist.loading.published, wan_dist.planning.weights": (*HEAVY, "hydra"),
-    "wan_dist.planning.traffic, wan_dist.planning.cost": (*HEAVY, "hydra"),
+    "wan_dist.planning.traffic, wan_dist.planning.cost, wan_dist.planning.patience": (*HEAVY, "hydra"),
+    "wan_dist.agent.watchdog, wan_dist.agent.nodes, wan_dist.agent.resume": (*HEAVY, "hydra"),
     "wan_dist.config.freeze, wan_dist.config.store, wan_dist.config.normalise": (*HEAVY, "hydra"),
     "wan_dist.cli.main, wan_dist.cli.overrides": (*HEAVY, "huggingface_hub"),
 }

@@ -1,23 +1,24 @@
-"""Starting the ranks of this node through torchrun's own engine, and saying what became of them."""
+"""Starting the ranks of this node through torchrun's own engine, passing on what they are asked, and saying what became
+of them."""
 
-import json
 import logging
 import os
 import signal
 import sys
-import uuid
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from wan_dist.log import rank_log_path
-from wan_dist.output.names import PLAN_FILE
-from wan_dist.topology import threads_per_rank
+from wan_dist.agent.failures import collect, describe, describe_stop, root_cause, stopped_by_request
+from wan_dist.agent.nodes import Meeting, interface_towards
+from wan_dist.agent.watchdog import Stall, Watchdog
+from wan_dist.output.pulse import pulse_store
+from wan_dist.topology import STOP_SIGNALS, threads_per_rank
 
-_CRASHES = tuple(-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
 _SHUTDOWN_S = 5  # ranks that ignore SIGTERM are killed after this
+_JOIN_S = 300  # of the nodes' agents, all of which are there when the ranks are started
 
 
 class RunFailedError(RuntimeError):
@@ -29,62 +30,144 @@ class RunRefusedError(RunFailedError):
 
 
 class InterruptedRunError(KeyboardInterrupt):
-    """The run was stopped by a signal: a sweep must not go on with the next job."""
+    """The run was ended by a signal: a sweep must not go on with the next job."""
 
 
-@dataclass(frozen=True)
-class RankFailure:
-    """How one rank ended: its exit code (negative: a signal's number) and what it wrote about it, if it could."""
-
-    rank: int
-    exit_code: int
-    account: dict[str, Any] | None
+class StoppedRunError(InterruptedRunError):
+    """The run was asked to stop, and has: nothing that it did is lost."""
 
 
-def launch(config_path: Path, ranks: int) -> None:
-    """Run `python -m wan_dist.worker` on `ranks` ranks of this node until all are done.
+def launch(config_path: Path, ranks: int, meeting: Meeting, job: str) -> None:
+    """Run `python -m wan_dist.worker` on `ranks` ranks of this node until all are done, here and on the other nodes.
 
-    Raises RunFailedError with the first failure's account, InterruptedRunError after a signal; no rank is left then.
+    job: the run's name among those of this meeting, the same on all nodes. Raises RunFailedError with the first
+    failure's account, StoppedRunError after a stop that was asked for, InterruptedRunError after another signal; no
+    rank of this node is left then.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _quieten_torch()
+    node = meeting.node
     launch_config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=node.count,
+        max_nodes=node.count,
         nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
+        run_id=job,
+        rdzv_backend="static",  # the numbers of nodes and ranks are known: node 0 holds rank 0
+        rdzv_endpoint=f"{node.head}:{meeting.port}",
+        rdzv_configs={"rank": node.rank, "timeout": _JOIN_S},
         max_restarts=0,
         monitor_interval=0.1,
         shutdown_timeout=_SHUTDOWN_S,
-        signals_to_handle=",".join(number.name for number in stopping_signals()),
+        signals_to_handle=",".join(number.name for number in ending_signals()),
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
-    failed: list[tuple[int, int]] = []
-    with environment(**_rank_variables(ranks)), _signal_handlers_kept():
+    ended: dict[int, int] = {}
+    stalls: list[Stall] = []
+    with (
+        environment(**_rank_variables(ranks, meeting)),
+        _signal_handlers_kept(),
+        _stops_passed_on() as asked,
+        _watched(pulse_store(meeting.store, job), ranks * node.count, stalls),
+    ):
         try:  # -P: a file in the user's folder must not be imported in place of a library
             worker = ("-P", "-u", "-m", "wan_dist.worker", str(config_path), str(os.getpid()))
             elastic_launch(launch_config, sys.executable)(*worker)
         except ChildFailedError as error:
-            failed = [(rank, failure.exitcode) for rank, failure in error.failures.items()]
+            ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
         except SignalException as error:
             raise InterruptedRunError(f"stopped by {signal.Signals(error.sigval).name}") from None
-    if failed:
-        run_dir = config_path.parent
-        cause = root_cause([_failure(run_dir, rank, code) for rank, code in failed])
-        refused = cause.account is not None and cause.account.get("refused")
-        raise (RunRefusedError if refused else RunFailedError)(describe(cause, run_dir))
+    if stalls:
+        raise RunFailedError(stalls[0].message(config_path.parent))
+    if ended:
+        _tell(config_path.parent, ended, asked.number)
 
 
-def stopping_signals() -> list[signal.Signals]:
-    """The signals that end a run: SIGHUP is not one of them under `nohup`, which has it ignored."""
-    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT]
+@contextmanager
+def _watched(store: Any, ranks: int, stalls: list[Stall]) -> Iterator[None]:
+    """While no rank of the run makes progress for too long: the stall is put into `stalls`, this node's ranks end."""
+
+    def end(stall: Stall) -> None:
+        stalls.append(stall)
+        signal_ranks(signal.SIGKILL)
+
+    watchdog = Watchdog(store, ranks, local_pids=rank_pids, on_stall=end)
+    try:
+        yield
+    finally:
+        watchdog.close()
+
+
+def _tell(run_dir: Path, ended: dict[int, int], asked: signal.Signals | None) -> None:
+    """Raise what the ends of this node's ranks mean for the run."""
+    failures = collect(run_dir, ended)
+    if stopped_by_request(failures, asked):
+        raise StoppedRunError(describe_stop(failures, asked, run_dir))
+    cause = root_cause(failures)
+    refused = cause.account is not None and cause.account.get("refused")
+    told = describe(cause, run_dir, elsewhere=cause.rank not in ended)
+    raise (RunRefusedError if refused else RunFailedError)(told)
+
+
+def ending_signals() -> list[signal.Signals]:
+    """The signals that end a run at once: SIGHUP is not one of them under `nohup`, which has it ignored."""
+    numbers = [signal.SIGINT, signal.SIGQUIT]
     return numbers if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*numbers, signal.SIGHUP]
+
+
+class _Asked:
+    """The stop signal that this agent has received, if any."""
+
+    number: signal.Signals | None = None
+
+
+@contextmanager
+def _stops_passed_on() -> Iterator[_Asked]:
+    """While ranks live, SIGTERM and SIGUSR1 are theirs: each is told until all have ended, since some may not be there
+    yet, and being told twice means nothing to them."""
+    asked, over = _Asked(), threading.Event()
+
+    def ask(number: int, _frame: Any) -> None:
+        asked.number = asked.number or signal.Signals(number)
+
+    def pass_on() -> None:
+        while not over.wait(0.05):
+            if asked.number is not None:
+                signal_ranks(asked.number)
+                over.wait(0.5)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, ask)
+    thread = threading.Thread(target=pass_on, name="stop signals", daemon=True)
+    thread.start()
+    try:
+        yield asked
+    finally:
+        over.set()
+        thread.join()
+
+
+def signal_ranks(number: signal.Signals) -> None:
+    """Send a signal to every rank of this node."""
+    for pid in rank_pids():
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def rank_pids() -> list[int]:
+    """The processes of this node's ranks."""
+    import psutil
+
+    found = []
+    for child in psutil.Process().children():
+        try:
+            if "wan_dist.worker" in child.cmdline():
+                found.append(child.pid)
+        except psutil.Error:  # it ended meanwhile
+            pass
+    return found
 
 
 def _quieten_torch() -> None:
@@ -95,12 +178,16 @@ def _quieten_torch() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _rank_variables(ranks: int) -> dict[str, str]:
-    """Threads for each rank unless the user said how many; a checkout that is not installed made importable."""
+def _rank_variables(ranks: int, meeting: Meeting) -> dict[str, str]:
+    """Threads for each rank unless the user said how many; a checkout that is not installed made importable; on several
+    nodes, the interface over which they see each other, unless the user named one."""
     variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_per_rank(ranks)))}
     root = str(Path(__file__).resolve().parents[2])
     if "site-packages" not in root:
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    if meeting.node.count > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_towards(meeting.node.head, meeting.port)
+        variables |= {"GLOO_SOCKET_IFNAME": interface} if interface else {}
     return variables
 
 
@@ -122,57 +209,10 @@ def environment(**values: str) -> Iterator[None]:
 @contextmanager
 def _signal_handlers_kept() -> Iterator[None]:
     """The elastic agent installs handlers and leaves them; a sweep's next job must not inherit them."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    numbers = (*STOP_SIGNALS, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _failure(run_dir: Path, rank: int, exit_code: int) -> RankFailure:
-    try:
-        account = json.loads((run_dir / f"failure.rank{rank}.json").read_text())
-    except (OSError, ValueError):
-        account = None
-    return RankFailure(rank, exit_code, account)
-
-
-def root_cause(failures: list[RankFailure]) -> RankFailure:
-    """The failure that the others followed from. In this order: a rank that was killed or crashed, the earliest rank
-    that told of an error of its own, one that aborted (NCCL aborts ranks whose peers are gone), any other."""
-    own = [f for f in failures if f.account is not None and not f.account.get("consequence")]
-    for candidates in (
-        [f for f in failures if f.account is None and f.exit_code in _CRASHES],
-        sorted(own, key=lambda f: (f.account or {})["time"]),
-        [f for f in failures if f.account is None and f.exit_code not in (0, -signal.SIGTERM)],
-        sorted((f for f in failures if f.account is not None), key=lambda f: (f.account or {})["time"]),
-    ):
-        if candidates:
-            return candidates[0]
-    return failures[0]
-
-
-def _planned(run_dir: Path) -> str:
-    """What the run had planned, where it came so far."""
-    try:
-        return "\n" + (run_dir / PLAN_FILE).read_text().rstrip()
-    except OSError:
-        return ""
-
-
-def describe(failure: RankFailure, run_dir: Path) -> str:
-    """One message: who, where, why, and where to read on."""
-    account, log = failure.account, rank_log_path(run_dir, failure.rank)
-    if account is None:
-        end = f"exit code {failure.exit_code}"
-        if failure.exit_code < 0:
-            end = f"killed by {signal.Signals(-failure.exit_code).name}"
-        if failure.exit_code == -signal.SIGKILL:  # most likely by the kernel, for want of memory
-            end += " (out of memory?)" + _planned(run_dir)
-        return f"rank {failure.rank} ended without an account: {end}\nits log: {log}"
-    head = f"rank {account['rank']} on {account['host']} failed in phase {account['phase']}"
-    if account["expected"]:
-        return f"{head}: {account['message']}\nits log: {account['log']}"
-    return f"{head}\n{account['traceback'].rstrip()}"

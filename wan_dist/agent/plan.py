@@ -25,7 +25,14 @@ def show_plan(config: Config, checkpoint: Checkpoint, name: str, *, guided: bool
     place, on_disk = planned_place(config), file_dtypes(name)
     candidates = survey(config, checkpoint, task, place, on_disk=on_disk)
     heads = checkpoint.transformer_config.get("num_attention_heads", 40)
-    usual, _ = choose_degrees(config.parallelism, place.ranks, guided=guided, source="plan.ranks", heads=heads)
+    usual, _ = choose_degrees(
+        config.parallelism,
+        place.ranks,
+        guided=guided,
+        source="plan.ranks",
+        heads=heads,
+        ranks_per_node=place.ranks_per_node,
+    )
     chosen = best(candidates, usual)
     document = {
         "task": "plan",

@@ -1,5 +1,6 @@
 """From a composed config to a frozen one that ranks can run, or to every reason why not."""
 
+import os
 import tempfile
 from copy import deepcopy
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from wan_dist.agent.inputs import image_file_refusals, input_refusals, take_over_model, take_over_request
+from wan_dist.agent.resume import resume_refusals
 from wan_dist.agent.room import best_mesh, contradictions, plan_refusals, ranks_found, room_refusals
 from wan_dist.config import freeze
 from wan_dist.config.normalise import normalise_switches
@@ -32,7 +34,7 @@ class Invocation:
 
     recipe_named: `model=` was given, so its recipe applies even beside a `model.path`.
     default_dir: the folder for a null `output.dir`.
-    world, local_ranks: torchrun's, or None where wan-dist starts the ranks itself.
+    world, local_ranks: torchrun's, or None where wan-dist starts the ranks itself, on `nodes` nodes.
     model_known: false where the choice of the model was refused already: what depends on it is then not judged.
     """
 
@@ -41,6 +43,7 @@ class Invocation:
     world: int | None = None
     local_ranks: int | None = None
     model_known: bool = True
+    nodes: int = 1
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,14 @@ class Checked:
 
 
 def run_id(torchrun_id: str | None = None) -> str:
-    """One name for one run: torchrun's id where it was given one, else Slurm's job and step, else the time."""
+    """One name for one run: torchrun's id where it was given one, else `WAN_DIST_RUN_ID` (with which a batch script
+    gives a requeued job the folder it had), else Slurm's job and step, else the time."""
     if torchrun_id and torchrun_id != "none":
         return torchrun_id
-    return slurm_step() or datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    if given := os.environ.get("WAN_DIST_RUN_ID"):
+        return given
+    step = slurm_step()
+    return datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3] if step is None else f"{step.job}.{step.step}"
 
 
 def run_dir(config: Config) -> Path:
@@ -79,6 +86,7 @@ def check(config: Config, invocation: Invocation) -> Checked:
     writes = config.task != "plan"
     found += _output_dir_refusals(Path(config.output.dir), config.output.name) if writes else []
     found += input_refusals(config)
+    found += rules.launch_refusals(config.launch, world=invocation.world)
 
     source, checkpoint, heads, guided = None, None, [], True  # no heads: unknown, and not judged
     unnamed = config.task == "decode" and not _names_model(config, invocation)
@@ -101,7 +109,9 @@ def check(config: Config, invocation: Invocation) -> Checked:
     if config.task in ("generate", "decode", "plan"):
         found += contradictions(config, checkpoint)
     if checkpoint is not None and not found and config.task in ("generate", "decode"):
-        found += room_refusals(config, checkpoint, guided=guided, local_ranks=invocation.local_ranks)
+        ranks = config.runtime.ranks or 1
+        local_ranks = invocation.local_ranks or ranks // invocation.nodes
+        found += room_refusals(config, checkpoint, guided=guided, local_ranks=local_ranks)
     if found:
         raise RefusedError(found)
     assert config.runtime.ranks is not None, "chosen above"
@@ -125,6 +135,8 @@ def freeze_run(checked: Checked, *, node: int = 0) -> Path:
         if problems:
             raise RefusedError([_model_refusal(checked.source.name, problem) for problem in problems])
         config.model.path = str(folder)
+        if node == 0 and (found := resume_refusals(config, open_checkpoint(folder))):  # rank 0 reads the state
+            raise RefusedError(found)
     directory = run_dir(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -247,7 +259,12 @@ def _place(
     bench = config.bench.kind if config.task == "bench" else None
     if config.task == "plan":
         return plan_refusals(
-            config, guided=guided, heads=heads, world=invocation.world, local_ranks=invocation.local_ranks
+            config,
+            guided=guided,
+            heads=heads,
+            world=invocation.world,
+            local_ranks=invocation.local_ranks,
+            nodes=invocation.nodes,
         )
     if bench == "scale":
         config.runtime.ranks = 1  # the worlds are not run
@@ -266,16 +283,20 @@ def _mesh(
     if min(numbers, default=1) < 1:
         return []  # outside their limits, which is said elsewhere
     gpus = visible_gpus() if runtime.device == "cuda" else 0
-    ranks = wanted_ranks(parallelism, world=world, asked=runtime.ranks, found=ranks_found(runtime.device))
+    found_here = invocation.nodes * ranks_found(runtime.device)
+    ranks = wanted_ranks(parallelism, world=world, asked=runtime.ranks, found=found_here)
+    local_ranks = invocation.local_ranks or max(1, ranks // invocation.nodes)
     source = "torchrun's world" if world else "runtime.ranks" if runtime.ranks else "the number of ranks"
-    degrees, found = choose_degrees(parallelism, ranks, guided=guided, source=source, heads=min(heads, default=0))
+    degrees, found = choose_degrees(
+        parallelism, ranks, guided=guided, source=source, heads=min(heads, default=0), ranks_per_node=local_ranks
+    )
+    found += rules.node_refusals(ranks, invocation.nodes)
     if world and runtime.ranks not in (None, world):
         found.append(
             Refusal("runtime.ranks", runtime.ranks, f"torchrun started {world}", "leave it out under torchrun")
         )
     found += [r for count in heads for r in rules.mesh_refusals(degrees, heads=count, guided=guided) if r not in found]
     found += rules.fsdp_refusals(parallelism.fsdp, degrees)
-    local_ranks = invocation.local_ranks or ranks
     found += rules.device_refusals(
         config, device=runtime.device, gpus=gpus, local_ranks=local_ranks, cores=usable_cores()
     )

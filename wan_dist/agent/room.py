@@ -88,16 +88,16 @@ def _host_bytes(config: Config) -> int | None:
 
 
 def plan_refusals(
-    config: Config, *, guided: bool, heads: list[int], world: int | None, local_ranks: int | None
+    config: Config, *, guided: bool, heads: list[int], world: int | None, local_ranks: int | None, nodes: int = 1
 ) -> list[Refusal]:
     """Choose the number of ranks and nodes to plan for, in place; returns why there can be no such mesh, and what the
-    device could not run. world, local_ranks: torchrun's."""
+    device could not run. world, local_ranks: torchrun's; nodes: those that wan-dist was started on."""
     plan, runtime, stated = config.plan, config.runtime, config.plan.device_memory_gb is not None
     numbers = [*given_degrees(config.parallelism).values(), plan.ranks, plan.nodes, runtime.ranks]
     if any(number is not None and not 1 <= number <= MOST_RANKS for number in numbers):
         return []  # outside their limits, which is said elsewhere
     ranks = plan.ranks or wanted_ranks(
-        config.parallelism, world=world, asked=runtime.ranks, found=ranks_found(runtime.device)
+        config.parallelism, world=world, asked=runtime.ranks, found=nodes * ranks_found(runtime.device)
     )
     source = "plan.ranks" if plan.ranks else "torchrun's world" if world else "the number of ranks"
     _, found = choose_degrees(config.parallelism, ranks, guided=guided, source=source, heads=min(heads, default=0))
@@ -108,6 +108,8 @@ def plan_refusals(
         found.append(Refusal("runtime.ranks", runtime.ranks, f"plan.ranks is {plan.ranks}", "give one of the two"))
     if plan.nodes is None and world and local_ranks and not plan.ranks:
         plan.nodes = max(1, world // local_ranks)
+    if plan.nodes is None and nodes > 1 and not plan.ranks:
+        plan.nodes = nodes
     if plan.nodes is not None and ranks % plan.nodes:
         why = f"{ranks} ranks do not divide over it"
         legal = ", ".join(str(nodes) for nodes in range(1, ranks + 1) if ranks % nodes == 0)

@@ -11,12 +11,12 @@ from wan_dist.agent.launch import RunFailedError, RunRefusedError
 from wan_dist.agent.prepare import Invocation, check, run_id
 from wan_dist.cli.free_text import config_dirs, is_multirun, literal_overrides, overrides_first, unguard
 from wan_dist.cli.overrides import check_overrides
+from wan_dist.cli.slurm_jobs import FAILED, REFUSED, Outcome
 from wan_dist.config.schema import Config
 from wan_dist.config.store import conf_dir, register_schemas
 from wan_dist.planning.refusal import Refusal, RefusedError
 
 DEFAULT_MODEL = "wan_shapes"  # the `model` of conf/config.yaml
-FAILED, REFUSED = 1, 2
 
 
 def compose_and_run(
@@ -33,7 +33,10 @@ def compose_and_run(
     """
     multirun = is_multirun(arguments)
     overrides = overrides_first(literal_overrides(arguments, multirun=multirun))
+    from wan_dist.cli.slurm_launcher import register_launcher  # takes Hydra, and ranks import this module as well
+
     register_schemas()
+    register_launcher()
     if multirun and any(a in ("-c", "--cfg") or a.startswith("--cfg=") for a in arguments):
         print("wan-dist: --cfg shows one job's configuration: leave --multirun out", file=sys.stderr)
         return REFUSED
@@ -48,15 +51,7 @@ def compose_and_run(
         print(f"wan-dist: {RefusedError(bad + more)}", file=sys.stderr)
         return REFUSED
 
-    codes: list[int] = []
-
-    def job(cfg: Any) -> None:
-        from hydra.core.hydra_config import HydraConfig
-        from hydra.types import RunMode
-
-        hydra_cfg = HydraConfig.get()
-        job_dir = Path(hydra_cfg.runtime.output_dir) if hydra_cfg.mode == RunMode.MULTIRUN else None
-        codes.append(_outcome(lambda: run(_typed(cfg), invocation(_names_model(hydra_cfg), job_dir))))
+    job = _Job(run, invocation)
 
     import hydra
 
@@ -65,23 +60,60 @@ def compose_and_run(
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except SystemExit as leave:
         if leave.code not in (0, None):  # Hydra has said why; before the first job, it could not compose
-            return FAILED if codes else REFUSED
+            return FAILED if job.outcomes else REFUSED
+    codes = [outcome.code for outcome in job.outcomes]
     if codes and all(code == REFUSED for code in codes):
         return REFUSED
     return FAILED if any(codes) else 0
 
 
-def _outcome(action: Callable[[], None]) -> int:
-    """Run one job and say at once what went wrong with it; returns its exit code."""
+class _Job:
+    """What Hydra calls with each job's config.
+
+    outcomes: how the jobs ended, in their order. A call adds its own, which is lost where a launcher calls a copy in
+    another process: it is returned as well, so that such a launcher can bring it back and add it here.
+    """
+
+    def __init__(
+        self, run: Callable[[Config, Invocation], None], invocation: Callable[[bool, Path | None], Invocation]
+    ) -> None:
+        self.run, self.invocation = run, invocation
+        self.outcomes: list[Outcome] = []
+
+    def __call__(self, cfg: Any) -> Outcome:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        from wan_dist.cli.slurm_launcher import is_slurm
+
+        hydra_cfg = HydraConfig.get()
+        swept = hydra_cfg.mode == RunMode.MULTIRUN
+        job_dir = Path(hydra_cfg.runtime.output_dir) if swept else None
+
+        def action() -> None:
+            if is_slurm(hydra_cfg) and not swept:
+                why = "a launcher starts the jobs of a sweep, and this is one run"
+                remedy = "add --multirun (for a single job too), or submit slurm/generate.sbatch"
+                raise RefusedError(
+                    [Refusal("hydra/launcher", hydra_cfg.runtime.choices["hydra/launcher"], why, remedy)]
+                )
+            self.run(_typed(cfg), self.invocation(_names_model(hydra_cfg), job_dir))
+
+        self.outcomes.append(_outcome(action))
+        return self.outcomes[-1]
+
+
+def _outcome(action: Callable[[], None]) -> Outcome:
+    """Run one job and say at once what went wrong with it."""
     try:
         action()
     except (RefusedError, RunFailedError) as error:
         print(f"wan-dist: {error}", file=sys.stderr, flush=True)
-        return REFUSED if isinstance(error, (RefusedError, RunRefusedError)) else FAILED
+        return Outcome(REFUSED if isinstance(error, (RefusedError, RunRefusedError)) else FAILED, str(error))
     except Exception:  # a mistake of ours: all of it is worth reading
         traceback.print_exc()
-        return FAILED
-    return 0
+        return Outcome(FAILED, traceback.format_exc())
+    return Outcome(0)
 
 
 def _typed(cfg: Any) -> Config:

@@ -1,26 +1,37 @@
 """The command line: one process per node composes, checks, freezes and starts (or, under torchrun, hands over to)
 the ranks.
 
-Exit codes: 0; 2 for a config that cannot run, before any rank starts; 1 for a failure.
+Exit codes: 0; 2 for a config that cannot run, before any rank starts; 1 for a failure; 75 after a stop that was asked
+for (SIGTERM, SIGUSR1), with the state saved.
 """
 
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from wan_dist.agent.launch import InterruptedRunError, RunFailedError, launch, stopping_signals
+from wan_dist.agent.launch import (
+    InterruptedRunError,
+    RunFailedError,
+    RunRefusedError,
+    StoppedRunError,
+    ending_signals,
+    launch,
+)
+from wan_dist.agent.nodes import LostNodeError, Meeting, Node, find_node, slurm_address
 from wan_dist.agent.plan import show_plan
 from wan_dist.agent.prepare import Checked, Invocation, check, freeze_run, run_id
 from wan_dist.cli.compose import FAILED, REFUSED, compose_and_run
 from wan_dist.cli.free_text import is_multirun
 from wan_dist.config.schema import Config
 from wan_dist.output.kept_latents import how_to_decode
+from wan_dist.planning.degrees import degrees_of
 from wan_dist.planning.refusal import Refusal, RefusedError
-from wan_dist.topology import RankEnv, rank_env
+from wan_dist.topology import EXIT_STOPPED, STOP_SIGNALS, RankEnv, rank_env, slurm_step
 
 _CONNECT_S = 20
 
@@ -33,40 +44,89 @@ def main() -> NoReturn:
     if env is None:
         try:
             _stop_on_signals()
-            code = _command(sys.argv[1:])
+            jobs = Jobs()
+            code = compose_and_run(sys.argv[1:], jobs.run, default_dir=None, world=None, local_ranks=None)
         except InterruptedRunError as stop:
+            for number in STOP_SIGNALS:  # asked again, on its way out; Python's own end would take it for a death
+                signal.signal(number, signal.SIG_IGN)
             print(f"wan-dist: {stop}", file=sys.stderr)
-            code = FAILED
+            code = EXIT_STOPPED if isinstance(stop, StoppedRunError) else FAILED
         sys.exit(code)
     _torchrun_rank(sys.argv[1:], env)
 
 
-def _command(arguments: Sequence[str]) -> int:
-    """`wan-dist`: run every job of this command line; returns the exit code."""
-    written: set[tuple[str, str]] = set()
+class Jobs:
+    """The jobs of one `wan-dist` command line: one, or a sweep's, one after the other."""
 
-    def run(config: Config, invocation: Invocation) -> None:
-        checked = check(config, invocation)
-        if _is_shown(checked):
+    def __init__(self) -> None:
+        self._written: set[tuple[str, str]] = set()
+        self._meeting: Meeting | None = None
+        self._count = 0
+
+    def run(self, config: Config, invocation: Invocation) -> None:
+        """Check and freeze one job, and run this node's ranks of it. Raises RefusedError, RunFailedError,
+        InterruptedRunError."""
+        node = find_node(config.launch, slurm_step(), slurm_address)
+        invocation, self._count = replace(invocation, nodes=node.count), self._count + 1
+        if config.task == "plan":
+            if node.rank == 0:  # one node shows it
+                _show(check(config, invocation))
             return
-        _refuse_overwriting(checked, written)
-        frozen = freeze_run(checked)
+        if node.count == 1:
+            self._run_ranks(self._prepare(config, invocation, node), node)
+            return
         try:
-            launch(frozen, checked.ranks)
-        except (RunFailedError, InterruptedRunError) as error:
+            self._run_ranks(self._prepare_together(config, invocation, node), node)
+        except LostNodeError as error:
+            raise RunFailedError(str(error)) from error
+
+    def _run_ranks(self, prepared: tuple[Checked, Path], node: Node) -> None:
+        checked, frozen = prepared
+        try:
+            launch(frozen, checked.ranks // node.count, self._meet(node), f"job{self._count}")
+        except RunFailedError as error:
             told, advice = str(error), how_to_decode(frozen)
             raise type(error)(f"{told}\n{advice}" if advice and advice not in told else told) from None
 
-    return compose_and_run(arguments, run, default_dir=None, world=None, local_ranks=None)
+    def _prepare(self, config: Config, invocation: Invocation, node: Node) -> tuple[Checked, Path]:
+        checked = check(config, invocation)
+        _refuse_overwriting(checked, self._written)
+        return checked, freeze_run(checked, node=node.rank)
+
+    def _prepare_together(self, config: Config, invocation: Invocation, node: Node) -> tuple[Checked, Path]:
+        """The same, in the folder that node 0 names; where a node cannot run it, none does."""
+        meeting = self._meet(node)
+        folder = Path(meeting.first_says(str(invocation.default_dir)))
+        refusal: RefusedError | None = None
+        mine: dict[str, Any]
+        try:
+            prepared = self._prepare(config, replace(invocation, default_dir=folder), node)
+            mine = {"mesh": degrees_of(prepared[0].config.parallelism)}
+        except RefusedError as error:
+            refusal, mine = error, {"refused": str(error)}
+        answers = meeting.answers(mine)
+        for number, answer in enumerate(answers):
+            told_there = number < node.rank and answer.get("refused") == mine.get("refused")
+            if refusal is not None and not told_there:
+                raise refusal
+            if "refused" in answer:
+                raise RunRefusedError(f"node {number} cannot run this; its own terminal says why")
+            if answer != mine:
+                raise RunRefusedError(
+                    f"node {number} chose the mesh {answer['mesh']}, this one {mine['mesh']}: give it"
+                )
+        return prepared
+
+    def _meet(self, node: Node) -> Meeting:
+        if self._meeting is None:
+            self._meeting = Meeting(node)
+        return self._meeting
 
 
-def _is_shown(checked: Checked) -> bool:
-    """Whether this is a plan, which is shown and not run; shows it."""
-    if checked.config.task != "plan":
-        return False
+def _show(checked: Checked) -> None:
+    """Show a plan, which is not run."""
     assert checked.source is not None and checked.checkpoint is not None, "a plan is of a model"
     show_plan(checked.config, checked.checkpoint, checked.source.name, guided=checked.guided)
-    return True
 
 
 def _refuse_overwriting(checked: Checked, written: set[tuple[str, str]]) -> None:
@@ -127,9 +187,10 @@ def _compose_for_node(arguments: Sequence[str], env: RankEnv, store: Any) -> str
 
     def run(config: Config, invocation: Invocation) -> None:
         checked = check(config, invocation)
-        is_plan_elsewhere = checked.config.task == "plan" and env.rank != 0  # one node shows it
-        if not is_plan_elsewhere and not _is_shown(checked):
+        if checked.config.task != "plan":
             frozen.append(freeze_run(checked, node=env.node_rank))
+        elif env.rank == 0:  # one node shows it
+            _show(checked)
 
     default_dir = Path("outputs") / name
     code = compose_and_run(
@@ -141,8 +202,9 @@ def _compose_for_node(arguments: Sequence[str], env: RankEnv, store: Any) -> str
 def _stop_on_signals() -> None:
     """While no ranks live (their agent handles signals itself), a signal ends this process, sweeps included."""
 
-    def stop(number: int, _frame: Any) -> None:
-        raise InterruptedRunError(f"stopped by {signal.Signals(number).name}")
+    def end(number: int, _frame: Any) -> None:
+        kind = StoppedRunError if number in STOP_SIGNALS else InterruptedRunError
+        raise kind(f"stopped by {signal.Signals(number).name}")
 
-    for number in stopping_signals():
-        signal.signal(number, stop)
+    for number in (*STOP_SIGNALS, *ending_signals()):
+        signal.signal(number, end)

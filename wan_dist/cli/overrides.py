@@ -12,6 +12,7 @@ from wan_dist.config.store import group_options
 from wan_dist.planning.refusal import Refusal
 
 _GROUP_NAMES = (*GROUPS, "experiment")
+_FOREIGN_LAUNCHERS = ("submitit_slurm", "submitit_local", "joblib")
 
 
 def check_overrides(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> tuple[list[Refusal], list[str]]:
@@ -41,6 +42,9 @@ def check_overrides(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) 
 
 def _check(override: Any, config_dirs: Sequence[Path]) -> list[Refusal]:
     key = override.key_or_group
+    if key == "hydra/launcher" and override.value() in _FOREIGN_LAUNCHERS:
+        why = "what becomes of its jobs would not be known here: the sweep would end with 0 whatever happens"
+        return [Refusal(key, override.value(), why, "use hydra/launcher=slurm, or leave it out: one job after another")]
     if key.split(".")[0] == "hydra" or key.startswith("hydra/") or override.is_delete() or override.package:
         return []
     if key in _GROUP_NAMES:

@@ -156,6 +156,15 @@ def gather_objects(axis: Axis, value: Any) -> list[Any]:
     return values
 
 
+def any_rank(axis: Axis, flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true on any rank of the axis; the same answer on all. Its four bytes are not counted."""
+    if axis.size == 1:
+        return flag
+    asked = torch.tensor([flag], dtype=torch.int32, device=device)
+    _run(axis, "any_rank", lambda: dist.all_reduce(asked, dist.ReduceOp.MAX, group=axis.group))
+    return bool(asked.item())
+
+
 def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:

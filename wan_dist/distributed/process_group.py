@@ -35,7 +35,7 @@ def process_group(
     store = agent_store(timeout_s)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("wan_dist", store),
+        store=dist.PrefixStore(f"wan_dist/{env.run_id}", store),  # a sweep's jobs share one server
         rank=env.rank,
         world_size=env.world_size,
         timeout=timedelta(seconds=timeout_s),
@@ -43,7 +43,7 @@ def process_group(
     )
     mesh = build_mesh(degrees, device.type, fsdp_replicas=fsdp_replicas, timeout_s=timeout_s)
     # A connection of its own: who waits in a store blocks its connection, and the process group's threads need theirs.
-    mesh = replace(mesh, store=dist.PrefixStore("wan_dist/run", store.clone()))
+    mesh = replace(mesh, store=dist.PrefixStore(f"wan_dist/run/{env.run_id}", store.clone()))
     world = mesh.world
     yield mesh
     del mesh

@@ -174,7 +174,8 @@ def fill(
     is returned; with `sharding`, wrapped by FSDP.
 
     axis: the ranks that load this component together, in the same order; a failure on one is raised on all of them.
-    bytes_read[component] grows by the bytes read from the files. host: tensors that stay in host memory.
+    bytes_read[component] grows by the bytes read from the files, with each tensor. host: tensors that stay in host
+    memory.
     """
     places_on_host = host.tensors if host is not None else {}
     dtypes = {name: tensor.dtype for name, tensor in _persistent_tensors(weights.module)}
@@ -184,7 +185,7 @@ def fill(
 
         def read_batch(batch: list[Place]) -> None:
             for place in batch:
-                name = place.names[0]
+                name, before = place.names[0], reader.bytes_read
                 into = places_on_host.get(name)
                 if host is not None and into is not None and not host.is_filler:
                     tensor = into  # another rank's to read
@@ -192,11 +193,11 @@ def fill(
                     where = device if into is None else into.device
                     tensor = reader.read(place.entry, parts[name], dtype=dtypes[name], device=where, into=into)
                 read.update(dict.fromkeys(place.names, tensor))
+                if bytes_read is not None:
+                    bytes_read[component] += reader.bytes_read - before
 
         for batch in _batches(weights.places):
             on_every_rank(axis or Axis("alone"), partial(read_batch, batch))
-        if bytes_read is not None:
-            bytes_read[component] += reader.bytes_read
     return put_in_place(weights.module, read, device=device, sharding=sharding)
 
 

@@ -32,9 +32,14 @@ def atomic(target: Path) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    mask = os.umask(0)  # it can only be read by setting it
-    os.umask(mask)
-    return mask
+    """The process's. Asked for by setting it, it would for a moment be another one for all threads."""
+    try:
+        status = Path("/proc/self/status").read_text(errors="replace")
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), 8)
+    except (OSError, StopIteration):
+        mask = os.umask(0)
+        os.umask(mask)
+        return mask
 
 
 def _sync(path: Path) -> None:
@@ -47,7 +52,8 @@ def _sync(path: Path) -> None:
 
 def write_tensor(target: Path, name: str, tensor: torch.Tensor, metadata: dict[str, str] | None = None) -> None:
     """A safetensors file with one tensor, and texts in its header."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    data = save({name: tensor.contiguous().cpu()}, metadata)  # its own writer hides which error a disk had
     with atomic(target) as scratch:
-        save_file({name: tensor.contiguous().cpu()}, scratch, metadata)
+        scratch.write_bytes(data)

@@ -13,7 +13,10 @@ def how_to_decode(frozen: Path) -> str | None:
 
     frozen: the run's config file; latents older than it are not this run's.
     """
-    config = freeze.load(frozen)
+    try:
+        config = freeze.load(frozen)
+    except OSError:  # the folder was removed under the run
+        return None
     if config.task != "generate":
         return None
     output, pixels = config.output, [kind for kind in config.output.formats if kind != "latents"]
@@ -22,8 +25,12 @@ def how_to_decode(frozen: Path) -> str | None:
         ours = latents.stat().st_mtime >= frozen.stat().st_mtime
     except OSError:
         return None
-    if not ours or not pixels:
-        return None
+    return decode_command(config, latents) if ours and pixels else None
+
+
+def decode_command(config: Config, latents: Path) -> str:
+    """The same of latents in that file. config: frozen."""
+    output, pixels = config.output, [kind for kind in config.output.formats if kind != "latents"]
     words = [
         "task=decode",
         f"latents={latents}",

@@ -6,6 +6,7 @@ _SUFFIXES = {"mp4": ".mp4", "frames": ".frames.safetensors", "latents": ".latent
 
 KINDS = tuple(_SUFFIXES)
 PLAN_FILE = "plan.txt"  # in the run's folder: what was predicted, to be shown if a rank is killed
+STATE_FILE = "state.safetensors"  # in the run's folder: the denoising loop, to go on from where it was stopped
 
 
 def output_path(folder: Path, name: str, kind: str) -> Path:

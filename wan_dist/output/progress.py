@@ -10,7 +10,7 @@ _QUIET_S = 0.5  # plain lines come at most this often, so that fast steps do not
 
 
 class Progress:
-    """Call it after each step. The first and the last step are always shown."""
+    """Call it after each step. The first and the last step are always shown. done: steps of an earlier run."""
 
     def __init__(
         self,
@@ -19,18 +19,19 @@ class Progress:
         clock: Callable[[], float] = time.perf_counter,
         *,
         unit: str = "step",
+        done: int = 0,
     ) -> None:
         self._total = total
         self._unit = unit
         self._stream = stream if stream is not None else sys.stderr
         self._clock = clock
-        self._done = 0
+        self._done = self._before = done
         self._start = self._shown_at = clock()
         self._bar = None
         if self._stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit=self._unit, file=self._stream, dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=done, unit=self._unit, file=self._stream, dynamic_ncols=True)
 
     def step(self) -> None:
         self._done += 1
@@ -38,8 +39,8 @@ class Progress:
             self._bar.update()
             return
         now = self._clock()
-        if self._done in (1, self._total) or now - self._shown_at >= _QUIET_S:
-            per_step = (now - self._start) / self._done
+        if self._done in (self._before + 1, self._total) or now - self._shown_at >= _QUIET_S:
+            per_step = (now - self._start) / (self._done - self._before)
             left = per_step * (self._total - self._done)
             line = f"{self._unit} {self._done}/{self._total}  {per_step:.2f} s/{self._unit}  {_clock_time(left)} left"
             with contextlib.suppress(OSError):  # a reader that has gone away is no reason to stop

@@ -5,7 +5,7 @@ import platform
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
@@ -19,50 +19,82 @@ from wan_dist.config.schema import Config
 from wan_dist.log import logger
 from wan_dist.output.files import atomic
 from wan_dist.output.memory import PeakHostMemory
+from wan_dist.output.pulse import Pulse
 from wan_dist.topology import RankEnv
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "hydra-core", "omegaconf", "av")
 
 
-class RankReport:
-    """What one rank measures of itself while it runs."""
+class _MarkedCounter(Counter[str]):
+    """A counter of which each count is a sign of progress."""
 
-    def __init__(self, env: RankEnv, device: torch.device) -> None:
+    def __init__(self, mark: Callable[[], None]) -> None:
+        super().__init__()
+        self._mark = mark
+
+    def __setitem__(self, key: str, value: int) -> None:
+        super().__setitem__(key, value)
+        self._mark()
+
+
+class RankReport:
+    """What one rank measures of itself while it runs. pulse: tells others that it goes on."""
+
+    def __init__(self, env: RankEnv, device: torch.device, pulse: Pulse | None = None) -> None:
+        self.pulse = pulse if pulse is not None else Pulse(None, env.rank)
         self._env = env
-        self._device = device
+        self.device = device
         self._memory = PeakHostMemory()
         self.phase = "start"
+        self.started = time.time()
         self.plan: Any = None  # where components live, once it is made
         self.phases: dict[str, float] = {}
         self.steps: list[float] = []
-        self.bytes_read: Counter[str] = Counter()
+        self.bytes_read: Counter[str] = _MarkedCounter(self.mark)
+        self._step = self._of = 0
+
+    def mark(self) -> None:
+        """A sign of progress."""
+        self.pulse.mark(self.phase, self._step, self._of)
+
+    def mark_step(self, done: int, of: int) -> None:
+        """The same, within a phase that counts."""
+        self._step, self._of = done, of
+        self.mark()
+
+    @property
+    def place(self) -> str:
+        """`step 8 of 20` while the eighth is taken; empty outside the loop."""
+        return f"step {self._step + 1} of {self._of}" if self._of and self._step < self._of else ""
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the seconds of a block to `phases[phase]`; the device's work is included."""
         self.phase = phase
+        self.mark()
         if phase not in self.phases:  # decoding and writing take turns
             logger.info("phase %s", phase)
         start = time.perf_counter()
         yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - start
+        self.mark()
 
     def peak_bytes(self) -> int:
         """The most that was allocated so far: on the GPU, or of host memory over what imports took."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
         return self._memory.sample() - self._memory.base
 
     def as_dict(self, traffic: Counter[str]) -> dict[str, Any]:
         """This rank's entry of the record's `ranks`."""
-        on_gpu = self._device.type == "cuda"
+        on_gpu = self.device.type == "cuda"
         return {
             "rank": self._env.rank,
             "host": self._env.host,
-            "device": torch.cuda.get_device_name(self._device) if on_gpu else "cpu",
-            "peak_device_bytes": torch.cuda.max_memory_allocated(self._device) if on_gpu else None,
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else "cpu",
+            "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if on_gpu else None,
             "peak_host_bytes": self._memory.sample(),
             "base_host_bytes": self._memory.base,
             "bytes_read": dict(self.bytes_read),

@@ -30,7 +30,7 @@ def decode(config: Config, env: RankEnv, device: torch.device, report: RankRepor
     with run_mesh(config, env, device) as mesh:
         with report.timed("check"):
             checkpoint = on_every_rank(mesh.world, lambda: open_checkpoint(Path(str(config.model.path))))
-            report.plan = plan = agreed_plan(config, checkpoint, Task.of_decoding(config), mesh, device)
+            report.plan = plan = agreed_plan(config, checkpoint, Task.of_decoding(config), mesh, report)
             run = Run(config, checkpoint, plan, [], latent_shape(config, checkpoint), mesh, device, report)
             needs_vae = run.runs_vae and wants_pixels(run)
             match = partial(match_vae, checkpoint, dtype=getattr(torch, config.runtime.vae_dtype), encoder=False)

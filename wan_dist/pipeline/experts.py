@@ -36,9 +36,9 @@ class _Expert:
 
 
 def match_experts(run: Run) -> dict[str, MatchedTransformer]:
-    """The transformers that the schedule uses."""
+    """The transformers that the remaining steps use."""
     kernel = attention_kernel(run.config.runtime.attention)
-    names = sorted({step.expert for step in run.schedule})
+    names = sorted({step.expert for step in run.remaining})
     return {
         name: match_transformer(run.checkpoint, name, mesh=run.mesh, kernel=kernel, dtype=run.dtype) for name in names
     }
@@ -53,6 +53,8 @@ def load_experts(
     Returns the prediction that the loop calls, and what forgets the prompts after it. The experts are taken out of
     `matched`: these two alone keep them, so that they are gone when both are, unless they are resident.
     """
+    if not matched:  # every step is done already
+        return _prediction(run, {}, matched, text, condition), lambda: None
     how = run.plan.how(next(iter(matched)))
     experts: dict[str, _Expert] = {}
     if how == LAYERWISE:

@@ -6,6 +6,9 @@ together, and the first one writes what they send it.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 
 from wan_dist.config.schema import Config
 from wan_dist.distributed.collectives import gather_objects
+from wan_dist.distributed.stop import StoppedError, StopRequest
 from wan_dist.loading.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from wan_dist.loading.components import match_image_encoder, match_text_encoder, match_vae
 from wan_dist.loading.weights import MatchedWeights, from_files, on_every_rank
@@ -26,9 +30,10 @@ from wan_dist.output.record import RankReport, write_record
 from wan_dist.pipeline.experts import load_experts, match_experts
 from wan_dist.pipeline.images import encode_condition
 from wan_dist.pipeline.plan import agreed_plan, plan_rows
+from wan_dist.pipeline.resume import Start, StateKeeper, read_start
 from wan_dist.pipeline.run import Run, latent_shape, run_mesh, wants_pixels
 from wan_dist.pipeline.text import encode_text
-from wan_dist.pipeline.video import load_vae, outputs, write_latents, write_video
+from wan_dist.pipeline.video import latents_kept, load_vae, outputs, write_latents, write_video
 from wan_dist.planning.footprint import FSDP, RESIDENT
 from wan_dist.planning.video_shape import ModelShape
 from wan_dist.planning.workload import Task
@@ -39,43 +44,74 @@ from wan_dist.topology import RankEnv
 
 
 @torch.no_grad()
-def generate(config: Config, env: RankEnv, device: torch.device, report: RankReport) -> dict[str, str]:
-    """One video. Returns the files written, by kind, on rank 0 (empty elsewhere).
+def generate(
+    config: Config, env: RankEnv, device: torch.device, report: RankReport, stop: StopRequest | None = None
+) -> dict[str, str]:
+    """One video. Returns the files written, by kind, on rank 0 (empty elsewhere). stop: None where nobody asks.
 
-    Raises CheckpointError on every rank if any rank's files are at fault.
+    Raises CheckpointError on every rank if any rank's files are at fault, StoppedError after a stop.
     """
+    stop = stop or StopRequest()
     with run_mesh(config, env, device) as mesh:
         with report.timed("check"):
             checkpoint, scheduler, schedule = on_every_rank(mesh.world, partial(_open, config, device))
-            report.plan = plan = agreed_plan(config, checkpoint, Task.of_schedule(config, schedule), mesh, device)
+            report.plan = plan = agreed_plan(config, checkpoint, Task.of_schedule(config, schedule), mesh, report)
             run = Run(config, checkpoint, plan, schedule, latent_shape(config, checkpoint), mesh, device, report)
+            start = read_start(run, scheduler)
+            run = replace(run, first_step=start.first_step)
             experts = on_every_rank(mesh.world, partial(match_experts, run))
             others = on_every_rank(mesh.world, partial(_match_others, run))
         with report.timed("encode"):
-            text = encode_text(run, others.pop("text_encoder", None))
+            text = encode_text(run, others.pop("text_encoder", None)) if run.remaining else []
             return_device_memory(device)
             vae = load_vae(run, others.pop("vae", None)) if config.image is not None else None
             condition = encode_condition(run, others.pop("image_encoder", None), vae)
             vae = _kept(run, vae)
             return_device_memory(device)
-        with report.timed("load"):
-            predict, forget_text = load_experts(run, experts, text, condition)
-            if plan.how("vae") == RESIDENT and config.image is None:
-                vae = load_vae(run, others.pop("decoder", None))
-        with report.timed("denoise"):
-            latents = condition.finish(_denoise(run, scheduler, predict))
-        forget_text()
-        del predict, forget_text  # unless the plan keeps them, the experts' memory is the VAE's from here on
-        return_device_memory(device)
-        spare = write_latents(run, latents)
-        if wants_pixels(run):
-            if plan.how("vae") != RESIDENT:
-                with report.timed("load"):
+        with StateKeeper(run, scheduler, stop) as keeper:
+            with report.timed("load"):
+                predict, forget_text = load_experts(run, experts, text, condition)
+                if plan.how("vae") == RESIDENT and config.image is None:
                     vae = load_vae(run, others.pop("decoder", None))
-            write_video(run, vae, latents)
-        files = finish_run(run, spare)
+            with report.timed("denoise"):
+                result = _denoise(run, scheduler, predict, start, keeper, stop)
+            forget_text()
+            del predict, forget_text  # unless the plan keeps them, the experts' memory is the VAE's from here on
+            return_device_memory(device)
+            with _stoppable(run, keeper, result, stop):
+                latents = condition.finish(result)
+                files = _latents_to_files(run, vae, others.pop("decoder", None), latents, stop)
+            keeper.remove()
         del run, vae, mesh
     return files
+
+
+@contextmanager
+def _stoppable(run: Run, keeper: StateKeeper, result: torch.Tensor, stop: StopRequest) -> Iterator[None]:
+    """From the end of the loop to that of the run: the first rank, which has the result, leaves when it is asked to,
+    once that is saved, and the others follow it; they do not stop by themselves."""
+    try:
+        if run.is_first:
+            stop.release()
+        yield
+    except StoppedError:
+        stop.hold()
+        raise keeper.save_result(result) from None
+
+
+def _latents_to_files(
+    run: Run, vae: ParallelVae | None, decoder: MatchedWeights | None, latents: torch.Tensor, stop: StopRequest
+) -> dict[str, str]:
+    """Everything after the last step. decoder: where the VAE is yet to be loaded."""
+    with latents_kept(run, latents):
+        spare = write_latents(run, latents)
+        if wants_pixels(run):
+            if run.plan.how("vae") != RESIDENT:
+                with run.report.timed("load"):
+                    vae = load_vae(run, decoder)
+            write_video(run, vae, latents)
+        stop.hold()  # what is written is complete in a moment
+        return finish_run(run, spare)
 
 
 def _kept(run: Run, vae: ParallelVae | None) -> ParallelVae | None:
@@ -130,28 +166,35 @@ def _match_others(run: Run) -> dict[str, MatchedWeights]:
     return matched
 
 
-def _denoise(run: Run, scheduler: Any, predict: Predict) -> torch.Tensor:
-    """From the seed's noise to the final latents, fp32 `[1, z, T, H, W]`, on every rank."""
+def _denoise(
+    run: Run, scheduler: Any, predict: Predict, start: Start, keeper: StateKeeper, stop: StopRequest
+) -> torch.Tensor:
+    """From the seed's noise, or a saved state, to the final latents, fp32 `[1, z, T, H, W]`, on every rank. From here
+    on stops are held: the ranks agree on them after each step."""
     video, seed = run.config.video, run.config.sampler.seed
     shape = ModelShape.from_configs(run.checkpoint.transformer_config, run.checkpoint.configs["vae"])
     assert video.num_frames and video.height and video.width and seed is not None, "resolved before"
     tokens = shape.tokens(video.num_frames, video.height, video.width)
     logger.info("%d tokens over %d ranks", tokens, run.mesh["sp"].size)
-    noise = initial_noise(run.latent_shape, seed)
-    progress = Progress(len(run.schedule)) if run.is_first else None
+    latents = initial_noise(run.latent_shape, seed).to(run.device) if start.latents is None else start.latents
+    progress = Progress(len(run.schedule), done=run.first_step) if run.is_first else None
+    run.report.mark_step(run.first_step, len(run.schedule))
+    stop.hold()
     last = time.perf_counter()
 
-    def on_step(_step: Step) -> None:
+    def on_step(step: Step, latents: torch.Tensor) -> None:
         nonlocal last
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
         now = time.perf_counter()
         run.report.steps.append(now - last)
         last = now
+        run.report.mark_step(step.index + 1, len(run.schedule))
         if progress is not None:
             progress.step()
+        keeper.after_step(step.index + 1, latents)
 
-    latents = denoise(noise.to(run.device), run.schedule, scheduler, predict, run.mesh["cfg"], on_step)
+    latents = denoise(latents, run.remaining, scheduler, predict, run.mesh["cfg"], on_step)
     if progress is not None:
         progress.close()
     return latents

@@ -1,6 +1,7 @@
 """The plan that all ranks share: made from what the rank with the least room has, before a weight is read."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,18 +19,22 @@ from wan_dist.log import logger
 from wan_dist.offload.host_blocks import machine_identity
 from wan_dist.output.memory import host_to_device_rate
 from wan_dist.output.names import PLAN_FILE, run_folder
+from wan_dist.output.record import RankReport
 from wan_dist.planning.advice import planned_note
 from wan_dist.planning.footprint import Machine
+from wan_dist.planning.patience import phase_seconds, stall_limits
 from wan_dist.planning.placement import Plan
 from wan_dist.planning.rates import rates_of
 from wan_dist.planning.room import place_or_refuse
+from wan_dist.planning.traffic import crossing_warning
 from wan_dist.planning.workload import Task, work_of
 from wan_dist.topology import free_host_memory
 
 
-def agreed_plan(config: Config, checkpoint: Checkpoint, task: Task, mesh: Mesh, device: torch.device) -> Plan:
-    """Rank 0's plan, which every rank makes for itself. Raises RefusedError, on all of them, where nothing that is
-    allowed fits, CheckpointError where one of them made another plan."""
+def agreed_plan(config: Config, checkpoint: Checkpoint, task: Task, mesh: Mesh, report: RankReport) -> Plan:
+    """Rank 0's plan, which every rank makes for itself; the watchdog's patience goes by it. Raises RefusedError, on all
+    of them, where nothing that is allowed fits, CheckpointError where one of them made another plan."""
+    device = report.device
     machine = common_machine(mesh, device, rates_of(config.plan, device.type).host)
     degrees = {axis: getattr(config.parallelism, axis) for axis in AXES}
     work_for = partial(
@@ -46,10 +51,13 @@ def agreed_plan(config: Config, checkpoint: Checkpoint, task: Task, mesh: Mesh, 
         measured = min(gather_objects(mesh.world, host_to_device_rate(device)))
         plan = place_or_refuse(config, work_for, replace(machine, host_bytes_per_s=measured))
     _check_agreement(mesh, (degrees, plan.digest()), checkpoint)
+    expected = phase_seconds(config, checkpoint, task, machine, degrees=degrees, work=work_for(config), plan=plan)
+    report.pulse.allow(stall_limits(config.runtime.stall_timeout_s, seconds=expected))
     for placement in plan.placements:
         logger.info("plan: %s %s: %s", placement.component, placement.how, placement.reason)
     if mesh.world.rank == 0:
-        _tell(plan, config)
+        crossing = crossing_warning(degrees, machine.local_ranks)
+        _tell(plan, config, [*plan.warnings, *([crossing] if crossing else [])])
     return plan
 
 
@@ -64,9 +72,9 @@ def _check_agreement(mesh: Mesh, mine: tuple[dict[str, int], str], checkpoint: C
             raise CheckpointError(f"{checkpoint.path}: rank {rank} plans otherwise than rank 0: {why}")
 
 
-def _tell(plan: Plan, config: Config) -> None:
+def _tell(plan: Plan, config: Config, warnings: Sequence[str]) -> None:
     """Warnings to the terminal; what is planned into the run's folder, for whoever finds a rank killed."""
-    for warning in plan.warnings:
+    for warning in warnings:
         logger.warning("%s", warning)
         print(f"wan-dist: {warning}", file=sys.stderr, flush=True)
     file = run_folder(Path(str(config.output.dir)), config.output.name) / PLAN_FILE

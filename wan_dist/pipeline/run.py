@@ -28,7 +28,8 @@ PIXEL_FORMATS = ("mp4", "frames")
 @dataclass(frozen=True)
 class Run:
     """config: frozen, every null resolved. plan: where each component lives. schedule: empty where nothing is denoised.
-    latent_shape: `(1, z, T, H, W)` of the video. kept: what is resident, so that it stays until the run ends."""
+    latent_shape: `(1, z, T, H, W)` of the video. kept: what is resident, so that it stays until the run ends.
+    first_step: of the schedule; those before it an earlier run has done."""
 
     config: Config
     checkpoint: Checkpoint
@@ -39,10 +40,16 @@ class Run:
     device: torch.device
     report: RankReport
     kept: list[Any] = field(default_factory=list)
+    first_step: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
         return getattr(torch, str(self.config.runtime.dtype))
+
+    @property
+    def remaining(self) -> list[Step]:
+        """The steps that this run is to take."""
+        return self.schedule[self.first_step :]
 
     @property
     def is_first(self) -> bool:

@@ -1,7 +1,8 @@
 """From final latents to the files that were asked for: decoded by the VAE's ranks, written by the first one."""
 
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from wan_dist.loading.weights import MatchedWeights, fill, on_every_rank
 from wan_dist.models.wan_latents import decode_frames
 from wan_dist.models.wan_vae import ParallelVae, parallelize_vae
 from wan_dist.output.files import write_tensor
+from wan_dist.output.kept_latents import decode_command
 from wan_dist.output.names import output_path
 from wan_dist.output.progress import Progress
 from wan_dist.output.video import frames_writer, mp4_writer
-from wan_dist.pipeline.run import PIXEL_FORMATS, Run
+from wan_dist.pipeline.run import PIXEL_FORMATS, Run, wants_pixels
 
 
 def load_vae(run: Run, weights: MatchedWeights | None) -> ParallelVae | None:
@@ -43,7 +45,32 @@ def write_latents(run: Run, latents: torch.Tensor) -> Path | None:
     if run.is_first and (safety_copy or asked_for):
         with run.report.timed("write"):
             write_tensor(file, "latents", latents.float(), origin_metadata(run.config))
-    return file if safety_copy and not replaces else None
+    return file if safety_copy and (run.first_step or not replaces) else None  # a run that goes on replaces its own
+
+
+@contextmanager
+def latents_kept(run: Run, latents: torch.Tensor) -> Iterator[None]:
+    """Should the disk fail what follows, the latents are in a file all the same, and the error says in which: where
+    they belong, else in the system's folder for temporary files."""
+    try:
+        yield
+    except OSError as error:
+        if not run.is_first or run.config.task != "generate":
+            raise
+        for folder in (Path(str(run.config.output.dir)), Path(tempfile.gettempdir())):
+            file = output_path(folder, run.config.output.name, "latents")
+            with suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                if not _holds(file, run):
+                    write_tensor(file, "latents", latents.float(), origin_metadata(run.config))
+                error.add_note(decode_command(run.config, file) if wants_pixels(run) else f"the latents: {file}")
+                break
+        raise
+
+
+def _holds(file: Path, run: Run) -> bool:
+    """Whether this run has written its latents there."""
+    return file.exists() and file.stat().st_mtime >= run.report.started
 
 
 def write_video(run: Run, vae: ParallelVae | None, latents: torch.Tensor) -> None:

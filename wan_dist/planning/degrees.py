@@ -1,7 +1,7 @@
 """Parallelism degrees: how many ranks a config asks for, and the mesh that `parallelism=auto` picks."""
 
 from collections.abc import Mapping
-from math import prod
+from math import gcd, prod
 
 from wan_dist.config.schema import FsdpConfig, ParallelismConfig
 from wan_dist.planning.refusal import Refusal
@@ -52,13 +52,20 @@ def fsdp_division(fsdp: FsdpConfig, degrees: Mapping[str, int]) -> tuple[int, in
 
 
 def choose_degrees(
-    parallelism: ParallelismConfig, ranks: int, *, guided: bool, source: str, heads: int = 0
+    parallelism: ParallelismConfig,
+    ranks: int,
+    *,
+    guided: bool,
+    source: str,
+    heads: int = 0,
+    ranks_per_node: int | None = None,
 ) -> tuple[dict[str, int], list[Refusal]]:
     """A degree for every axis whose product is `ranks`; the given ones are orders.
 
     Policy for what is left: guidance first (its two halves exchange one small tensor a step), then Ulysses as far as
-    the heads divide well, then the ring.
-    source: where `ranks` comes from, for the message. heads: of the model; 0 where unknown.
+    the heads divide well and a node reaches, then the ring.
+    source: where `ranks` comes from, for the message. heads: of the model; 0 where unknown. ranks_per_node: where null,
+    all of them.
     """
     given = given_degrees(parallelism)
     product = prod(given.values())
@@ -68,8 +75,11 @@ def choose_degrees(
     if over == 0 and rest > 1 and "cfg" not in given and guided and rest % 2 == 0:
         degrees["cfg"], rest = 2, rest // 2
     if over == 0 and rest > 1 and "ulysses" not in given:
-        local_heads = heads // degrees["tp"]
-        degrees["ulysses"] = balanced_ulysses(rest, local_heads) if local_heads and "ring" not in given else rest
+        local_heads, inside = heads // degrees["tp"], gcd(rest, (ranks_per_node or ranks) // degrees["tp"])
+        if "ring" in given:
+            degrees["ulysses"] = rest
+        else:
+            degrees["ulysses"] = balanced_ulysses(inside, local_heads) if local_heads else inside
         rest //= degrees["ulysses"]
     if over == 0 and rest > 1 and "ring" not in given:
         degrees["ring"], rest = rest, 1

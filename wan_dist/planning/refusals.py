@@ -4,12 +4,14 @@ The same functions serve the command line, torchrun's ranks and (later) the plan
 """
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from wan_dist.config.schema import (
     BenchConfig,
     Config,
     FsdpConfig,
+    LaunchConfig,
     ParallelismConfig,
     SamplerConfig,
     VideoConfig,
@@ -27,17 +29,10 @@ from wan_dist.planning.video_shape import WAN_2_1, ModelShape, nearest_multiples
 _AVAILABLE: dict[str, tuple[Any, ...]] = {
     "task": ("generate", "decode", "plan", "bench"),
     "parallelism.dp": (None, 1),
-    "output.checkpoint_every": (0,),
-    "output.resume": ("off",),
     "output.preview": (False,),
-    "runtime.stall_timeout_s": (None,),
     "runtime.compile": (False,),
     "runtime.profile": (False,),
     "runtime.deterministic": (False,),
-    "launch.nodes": (1,),
-    "launch.node_rank": (None,),
-    "launch.head": (None,),
-    "launch.port": (None,),
 }
 _ENCODERS = {
     "text_encoder": ("UMT5EncoderModel", "T5EncoderModel"),
@@ -303,6 +298,24 @@ def scale_refusals(bench: BenchConfig, parallelism: ParallelismConfig, *, world:
         if not values:
             found.append(Refusal(key, "[]", "nothing would be measured", "leave it out, or name some"))
     return list(dict.fromkeys(found))
+
+
+def launch_refusals(launch: LaunchConfig, *, world: int | None) -> list[Refusal]:
+    """`launch.*` where torchrun has laid the ranks out over nodes already. world: torchrun's."""
+    if world is None:
+        return []
+    usual, given = asdict(LaunchConfig()), asdict(launch)
+    why, remedy = "torchrun has started the ranks", "leave it out: torchrun's own options say it"
+    return [Refusal(f"launch.{key}", value, why, remedy) for key, value in given.items() if value != usual[key]]
+
+
+def node_refusals(ranks: int, nodes: int) -> list[Refusal]:
+    """Ranks that do not divide over the nodes: each node has as many."""
+    if ranks % nodes == 0:
+        return []
+    why = f"{ranks} ranks do not divide over {nodes} nodes ({ranks} = {nodes} x {ranks // nodes} + {ranks % nodes})"
+    remedy = f"use degrees whose product is {nodes * max(1, ranks // nodes)} or {nodes * (ranks // nodes + 1)}"
+    return [Refusal("parallelism", ranks, why, remedy)]
 
 
 def one_rank_refusals(config: Config, *, world: int | None) -> list[Refusal]:

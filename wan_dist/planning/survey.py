@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
@@ -18,7 +18,7 @@ from wan_dist.planning.rates import rates_of
 from wan_dist.planning.refusal import Refusal, RefusedError
 from wan_dist.planning.refusals import fsdp_refusals, mesh_refusals
 from wan_dist.planning.room import place_or_refuse
-from wan_dist.planning.traffic import bytes_sent, crosses_nodes, forwards_per_step
+from wan_dist.planning.traffic import bytes_sent, crosses_nodes, crossing_warning, forwards_per_step
 from wan_dist.planning.workload import DTYPE_BYTES, Sizes, Task, decode_flops, step_flops, step_shape, work_of
 from wan_dist.topology import threads_per_rank
 
@@ -168,7 +168,9 @@ def _candidate(
         plan = place_or_refuse(config, work_for, machine)
     except RefusedError as error:
         return Candidate(degrees, tuple(error.refusals))
-    step = _step(config, checkpoint, task, place, degrees=degrees, work=work, plan=plan, rates=rates)
+    if (crossing := crossing_warning(degrees, place.ranks_per_node)) is not None:
+        plan = replace(plan, warnings=(*plan.warnings, crossing))
+    step = step_cost(config, checkpoint, task, place, degrees=degrees, work=work, plan=plan, rates=rates)
     cost = _cost(config, checkpoint, task, place, step=step, work=work, plan=plan, rates=rates, sizes=sizes)
     return Candidate(degrees, (), plan, cost)
 
@@ -187,21 +189,31 @@ def _cost(
 ) -> Cost:
     """Of the first rank, which has the most to do. step: what one sends, and its seconds by part."""
     sent, seconds = step
+    decode_s = decode_seconds(config, checkpoint, place, rates) if task.decodes else 0.0
+    read = sum(_bytes_read(work, plan, name) for name in work.weights)
+    load_s = sum(bytes_from_disk(config, place, work=work, plan=plan, sizes=sizes).values()) / rates.disk
+    video_s = task.steps * seconds["total"] + decode_s + load_s
+    return Cost(seconds, sent, decode_s, load_s, read, video_s)
+
+
+def decode_seconds(config: Config, checkpoint: Checkpoint, place: Place, rates: Rates) -> float:
+    """Of the whole video."""
     ranks = place.ranks if config.parallelism.vae != "off" else 1
-    decode_s = decode_flops(config, checkpoint) / (_VAE_RATE * rates.matmul) / ranks if task.decodes else 0.0
-    read = {name: _bytes_read(work, plan, name) for name in work.weights}
-    from_disk = 0
-    for name, mine in read.items():
+    return decode_flops(config, checkpoint) / (_VAE_RATE * rates.matmul) / ranks
+
+
+def bytes_from_disk(config: Config, place: Place, *, work: Work, plan: Plan, sizes: Sizes) -> dict[str, int]:
+    """Of a node's disk, by component: what several ranks of a node read comes from it once, then from the page
+    cache."""
+    found = {}
+    for name in work.weights:
         whole = sizes.of(config, name)
         readers = 1 if name in ("text_encoder", "image_encoder") and plan.how(name) != FSDP else place.ranks_per_node
-        # What several ranks of a node read comes from its disk once, then from the page cache.
-        from_disk += min(whole.file_bytes if whole is not None else 0, readers * mine)
-    load_s = from_disk / rates.disk
-    video_s = task.steps * seconds["total"] + decode_s + load_s
-    return Cost(seconds, sent, decode_s, load_s, sum(read.values()), video_s)
+        found[name] = min(whole.file_bytes if whole is not None else 0, readers * _bytes_read(work, plan, name))
+    return found
 
 
-def _step(
+def step_cost(
     config: Config,
     checkpoint: Checkpoint,
     task: Task,

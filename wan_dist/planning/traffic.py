@@ -146,6 +146,17 @@ def gather_bytes_sent(tensors: Iterable[tuple[tuple[int, ...], int]], shards: in
     return (shards - 1) * sum(padded)
 
 
+def crossing_warning(degrees: Mapping[str, int], ranks_per_node: int) -> str | None:
+    """A sentence where the axes that belong inside a node (Ulysses, tensor parallelism) do not fit one."""
+    tp, ulysses = degrees["tp"], degrees["ulysses"]
+    inner = tp * ulysses
+    if inner == 1 or ranks_per_node % inner == 0:
+        return None
+    shown = " x ".join(f"{axis} {degrees[axis]}" for axis in ("ulysses", "tp") if degrees[axis] > 1)
+    why = f"{shown} takes {inner} neighbouring ranks, which the {ranks_per_node} of a node do not divide into"
+    return f"{why}: every layer's messages cross nodes; cfg and ring are what may"
+
+
 def crosses_nodes(degrees: Mapping[str, int], ranks_per_node: int, *, fsdp_shards: int = 1) -> dict[str, bool]:
     """By collective, whether rank 0's group has ranks on another node. Ranks are numbered with tp fastest, then
     ulysses, ring, cfg and dp, so the last one of an axis is `(P - 1) x` the product of the faster degrees.

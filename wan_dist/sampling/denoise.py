@@ -47,9 +47,10 @@ def denoise(
     scheduler: Any,
     predict: Predict,
     cfg_axis: Axis,
-    on_step: Callable[[Step], None],
+    on_step: Callable[[Step, torch.Tensor], None],
 ) -> torch.Tensor:
-    """Denoise `latents` (fp32, `[B, C, T, H, W]`) along `schedule`; `on_step` is called after each step.
+    """Denoise `latents` (fp32, `[B, C, T, H, W]`) along `schedule`, all of it or its rest; `on_step` is called after
+    each step, with the latents that it made, which nobody writes into.
 
     scheduler: a diffusers scheduler whose timesteps are those of the schedule.
     """
@@ -57,5 +58,5 @@ def denoise(
         t = scheduler.timesteps[step.index]
         velocity = guided_prediction(predict, latents, t.expand(latents.shape[0]), step, cfg_axis)
         latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
-        on_step(step)
+        on_step(step, latents)
     return latents

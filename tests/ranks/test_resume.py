@@ -1,0 +1,391 @@
+"""A run that is stopped goes on with the same bits: on its own mesh, whatever the solver, the model and the placement
+of weights, and within rounding on another mesh.
+
+The ranks are asked by real signals, at a step or phase of their own; each generation is one case of the workers, so
+that what one leaves on disk the next one finds.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors.torch import load_file
+
+from support import ranks
+from support.ranks import frozen, run_cases, run_generation
+from wan_dist.config.schema import Config
+from wan_dist.distributed.stop import StoppedError, StopRequest
+from wan_dist.loading.checkpoint import open_checkpoint
+from wan_dist.loading.tensor_files import CheckpointError
+from wan_dist.output.identity import describe_state
+from wan_dist.output.names import STATE_FILE, output_path, run_folder
+from wan_dist.output.pulse import Pulse
+from wan_dist.pipeline.generate import generate as generate_video
+from wan_dist.sampling.solvers import scheduled
+
+STEPS = 4
+ONE_EXPERT = {"heads": 4}
+TWO_EXPERTS = {"heads": 4, "experts": 2, "boundary_ratio": 0.9, "seed": 2}  # UniPC switches after two steps
+TWO_SCALES = {"sampler.guidance_scale": 4.0, "sampler.guidance_scale_2": 3.0}
+EULER, DPM = {"sampler.solver": "euler"}, {"sampler.solver": "dpm++"}
+IMAGE, WIDE = {"image": "picture"}, {"video.width": 64}
+FRAMES = {"output.formats": ["latents", "frames"]}
+
+MESHES: dict[str, dict[str, int]] = {
+    "one": {},
+    "cfg": {"cfg": 2},
+    "ulysses": {"ulysses": 2},
+    "ring": {"ring": 2},
+    "tp": {"tp": 2},
+    "halves": {"cfg": 2, "ulysses": 2},
+}
+SHARDED = {"parallelism.fsdp.enabled": "on"}
+LAYERWISE = {"offload.transformer": "layerwise"}
+COMPONENT = {"offload.transformer": "component"}
+EVERY, EVERY_SECOND = {"output.checkpoint_every": 1}, {"output.checkpoint_every": 2}
+START_OVER = {"output.resume": "off"}
+OF_ANOTHER = "the saved state is that of another run: "
+
+
+class Event(NamedTuple):
+    """What happens to a rank (None: to each) when it first tells that it is in `phase`, `done` steps done: a signal, or
+    None for a failure. left: the steps of the state on disk after it, None for no state."""
+
+    rank: int | None
+    number: signal.Signals | None
+    phase: str
+    done: int
+    left: int | None
+
+
+class Refusal(NamedTuple):
+    """That nothing runs, and what all ranks say; cut: the state's file is cut short for it."""
+
+    text: str
+    left: int = 2
+    cut: bool = False
+
+
+class Attempt(NamedTuple):
+    """One generation of those that make a video together; that without a disturbance makes it."""
+
+    mesh: str
+    disturbance: Event | Refusal | None = None
+    settings: dict[str, Any] = {}  # noqa: RUF012
+
+
+class Scenario(NamedTuple):
+    model: dict[str, Any] | str
+    request: dict[str, Any]
+    attempts: list[Attempt]
+
+
+def asked(done: int, rank: int = 0, number: signal.Signals = signal.SIGTERM) -> Event:
+    """A stop that one rank is asked for in the step that makes it `done`."""
+    return Event(rank, number, "denoise", done, done)
+
+
+def failed(done: int, left: int) -> Event:
+    return Event(None, None, "denoise", done, left)
+
+
+def stopped_in(mesh: str, *stops: Event, **settings: Any) -> list[Attempt]:
+    """On one mesh to the end, stopped on the way."""
+    return [Attempt(mesh, stop, settings) for stop in (*stops, None)]
+
+
+BY_THE_OTHER = partial(asked, rank=1, number=signal.SIGUSR1)
+WHILE_DECODING = Event(0, signal.SIGTERM, "decode", STEPS, STEPS)
+WHILE_LOADING = Event(0, signal.SIGTERM, "load", 0, 2)
+WHILE_ENCODING = Event(0, signal.SIGUSR1, "encode", 0, None)
+
+# Worlds of fewer ranks run after those of more, so that no scenario goes on in a larger one.
+SCENARIOS: dict[str, Scenario] = {
+    "first and third step": Scenario(ONE_EXPERT, FRAMES, stopped_in("one", asked(1), asked(3))),
+    "second step": Scenario(ONE_EXPERT, FRAMES, stopped_in("one", asked(2))),
+    "last step": Scenario(ONE_EXPERT, FRAMES, stopped_in("one", asked(STEPS))),
+    "decoding": Scenario(ONE_EXPERT, {"output.formats": ["frames"]}, stopped_in("one", WHILE_DECODING)),
+    "decoding twice, of two experts": Scenario(
+        TWO_EXPERTS, {**TWO_SCALES, **FRAMES}, stopped_in("one", WHILE_DECODING, WHILE_DECODING, **EVERY)
+    ),
+    "euler": Scenario(ONE_EXPERT, EULER, stopped_in("one", asked(2))),
+    "dpm++": Scenario(ONE_EXPERT, DPM, stopped_in("one", asked(1), asked(3))),
+    "before the switch": Scenario(TWO_EXPERTS, TWO_SCALES, stopped_in("one", asked(1))),
+    "at the switch": Scenario(TWO_EXPERTS, TWO_SCALES, stopped_in("one", asked(2))),
+    "after the switch": Scenario(TWO_EXPERTS, TWO_SCALES, stopped_in("one", asked(3))),
+    "placements": Scenario(
+        TWO_EXPERTS,
+        TWO_SCALES,
+        [
+            Attempt("one", asked(1), LAYERWISE),
+            Attempt("one", asked(2), COMPONENT),
+            Attempt("one", asked(3), LAYERWISE),
+            Attempt("one", None, COMPONENT),
+        ],
+    ),
+    "ti2v": Scenario("wan2.2 ti2v", {**IMAGE, **WIDE}, stopped_in("one", asked(2), asked(STEPS))),
+    "wan2.1 i2v": Scenario("wan2.1", IMAGE, stopped_in("one", asked(2))),
+    "while loading": Scenario(ONE_EXPERT, FRAMES, stopped_in("one", asked(2), WHILE_LOADING)),
+    "while encoding": Scenario(ONE_EXPERT, FRAMES, stopped_in("one", WHILE_ENCODING)),
+    "started over": Scenario(ONE_EXPERT, FRAMES, [Attempt("one", asked(STEPS)), Attempt("one", None, START_OVER)]),
+    "a failure": Scenario(ONE_EXPERT, FRAMES, stopped_in("one", failed(3, left=2), **EVERY_SECOND)),
+    "a failure without a state": Scenario(ONE_EXPERT, FRAMES, stopped_in("one", failed(1, None), **EVERY_SECOND)),
+    "cfg": Scenario(TWO_EXPERTS, TWO_SCALES, stopped_in("cfg", BY_THE_OTHER(2), **EVERY)),
+    "cfg, last step": Scenario(TWO_EXPERTS, TWO_SCALES, stopped_in("cfg", BY_THE_OTHER(STEPS))),
+    "cfg, a failure": Scenario(TWO_EXPERTS, TWO_SCALES, stopped_in("cfg", failed(3, left=2), **EVERY_SECOND)),
+    "ulysses": Scenario(TWO_EXPERTS, TWO_SCALES, stopped_in("ulysses", BY_THE_OTHER(1), asked(3))),
+    "ulysses, FSDP": Scenario(TWO_EXPERTS, TWO_SCALES, stopped_in("ulysses", BY_THE_OTHER(2), **SHARDED)),
+    "ring": Scenario("wan2.2 ti2v", {**IMAGE, **WIDE}, stopped_in("ring", BY_THE_OTHER(2))),
+    "tp": Scenario(TWO_EXPERTS, {**TWO_SCALES, **DPM}, stopped_in("tp", BY_THE_OTHER(3))),
+    "halves, FSDP": Scenario(TWO_EXPERTS, TWO_SCALES, stopped_in("halves", asked(2, rank=3), **SHARDED)),
+    "from mesh to mesh": Scenario(
+        ONE_EXPERT,
+        FRAMES,
+        [Attempt("cfg", BY_THE_OTHER(1)), Attempt("ulysses", asked(3)), Attempt("one")],
+    ),
+    "from mesh to mesh, two experts": Scenario(
+        TWO_EXPERTS,
+        {**TWO_SCALES, **FRAMES},
+        [Attempt("cfg", asked(2)), Attempt("ulysses", BY_THE_OTHER(3)), Attempt("one")],
+    ),
+    "refused": Scenario(
+        TWO_EXPERTS,
+        TWO_SCALES,
+        [
+            Attempt("cfg", BY_THE_OTHER(2)),
+            Attempt("cfg", Refusal(OF_ANOTHER + "sampler.seed was 0 and is 1"), {"sampler.seed": 1}),
+            Attempt("cfg", Refusal(OF_ANOTHER + "sampler.solver was unipc and is euler"), EULER),
+            Attempt("cfg", Refusal(OF_ANOTHER + "the model is another one"), {"model.path": "another"}),
+            Attempt("cfg", Refusal("truncated: tensor 'solver.", cut=True)),
+            Attempt("cfg"),
+        ],
+    ),
+}
+NAMES = list(SCENARIOS)
+
+
+class Failed(Exception):  # noqa: N818
+    """What no rank expects."""
+
+
+def state_file(config: Config) -> Path:
+    return run_folder(Path(str(config.output.dir)), config.output.name) / STATE_FILE
+
+
+def marking(event: Event) -> Callable[..., None]:
+    """`Pulse.mark`, by which a rank tells how far it is, and where the event happens."""
+    mark, pending = Pulse.mark, [event]
+
+    def marks(pulse: Pulse, phase: str, step: int = 0, of: int = 0) -> None:
+        mark(pulse, phase, step, of)
+        if pending and (phase, step) == (event.phase, event.done):
+            pending.clear()
+            if event.number is None:
+                raise Failed("in the middle")
+            signal.raise_signal(event.number)
+
+    return marks
+
+
+def attempt(env, config: Config, disturbance: Event | Refusal | None) -> dict[str, Any]:
+    """A generation as a rank of the real command runs it; how it ended here, and what state it left."""
+    told: dict[str, Any] = {"ended": "done"}
+    stop, file, cut = StopRequest(), state_file(config), b""
+    if isinstance(disturbance, Refusal) and disturbance.cut and env.rank == 0:
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1])
+        cut = whole[-1:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "generate_video", partial(generate_video, stop=stop))
+        if isinstance(disturbance, Event) and disturbance.rank in (env.rank, None):
+            patch.setattr(Pulse, "mark", marking(disturbance))
+        stop.listen()
+        try:
+            run_generation(env, config)
+        except StoppedError as error:
+            told = {"ended": "stopped", "signal": error.signal, "saved": error.saved, "steps": error.steps}
+        except Exception as error:
+            told = {"ended": "failed", "type": type(error), "text": str(error)}
+        finally:
+            stop.ignore_no_more()
+    if told["ended"] != "done" and dist.is_initialized():
+        dist.destroy_process_group()
+    if env.rank == 0:
+        with file.open("ab") if cut else open(os.devnull, "wb") as stream:
+            stream.write(cut)
+        told["left"] = describe_state(file).steps_done if file.exists() else None
+        told["files"] = sorted(path.name for path in file.parent.glob("state*"))
+    return told
+
+
+class Told(NamedTuple):
+    """Of one scenario: its attempts' configs and, by attempt and rank, how they ended; and the outputs, those of the
+    last attempt and those of a run that nobody disturbed."""
+
+    configs: list[Config]
+    ends: list[list[dict[str, Any]]]
+    outputs: dict[str, Any]
+    undisturbed: dict[str, Any]
+
+
+def outputs_of(config: Config) -> dict[str, Any]:
+    """What a run has written, by kind; nothing where it has not come to that."""
+    paths = {
+        kind: output_path(Path(str(config.output.dir)), config.output.name, kind)
+        for kind in ("latents", "frames", "record")
+    }
+    found = {kind: load_file(path)[kind] for kind, path in paths.items() if path.exists() and kind != "record"}
+    return {**found, "record": json.loads(paths["record"].read_text())} if paths["record"].exists() else found
+
+
+def put(config: Config, settings: dict[str, Any]) -> Config:
+    config = deepcopy(config)
+    for key, value in settings.items():
+        *path, leaf = key.split(".")
+        node: Any = config
+        for part in path:
+            node = getattr(node, part)
+        setattr(node, leaf, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory, checkpoints) -> dict[str, Told]:
+    folder = tmp_path_factory.mktemp("runs")
+    picture = folder / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(picture)
+
+    def resolved(scenario: Scenario, name: str, of: Attempt) -> Config:
+        model = scenario.model
+        path = checkpoints.of_images(model) if isinstance(model, str) else checkpoints(**model)
+        degrees = {
+            f"parallelism.{axis}": degree for axis, degree in {"cfg": 1, "ulysses": 1, **MESHES[of.mesh]}.items()
+        }
+        settings = {"sampler.steps": STEPS, **scenario.request, **degrees, "output.name": name}
+        if "image" in settings:
+            settings["image"] = str(picture)
+        # What a command would refuse is put into the config it has resolved: the ranks are to refuse it too.
+        refused = of.settings if isinstance(of.disturbance, Refusal) else {}
+        settings |= {"output.resume": "auto", **({} if refused else of.settings), "runtime.timeout_s": 30.0}
+        if "model.path" in refused:
+            refused = {"model.path": str(checkpoints(**{**TWO_EXPERTS, "seed": 3}))}
+        return put(frozen(folder, path, **settings), refused)
+
+    runs: list[tuple[Config, Event | Refusal | None]] = []
+    undisturbed: dict[str, Config] = {}
+    configs: dict[str, list[Config]] = {}
+    for name, scenario in SCENARIOS.items():
+        configs[name] = [resolved(scenario, name, one) for one in scenario.attempts]
+        runs += zip(configs[name], [one.disturbance for one in scenario.attempts], strict=True)
+        request = {key: value for key, value in scenario.request.items() if key != "output.formats"}
+        key = repr((scenario.model, request, scenario.attempts[-1].mesh))
+        if key not in undisturbed:
+            whole = Scenario(scenario.model, {**request, **FRAMES}, [])
+            settings = Attempt(scenario.attempts[-1].mesh, None, START_OVER)
+            undisturbed[key] = resolved(whole, f"undisturbed {len(undisturbed)}", settings)
+            runs.append((undisturbed[key], None))
+        undisturbed[name] = undisturbed[key]
+    ends: dict[int, list[dict[str, Any]]] = {}
+    for size in (4, 2, 1):
+        numbers = [number for number, (config, _) in enumerate(runs) if config.runtime.ranks == size]
+        ends |= dict(zip(numbers, run_cases(size, attempt, [runs[number] for number in numbers]), strict=True))
+    assert len(ends) == len(runs)
+    found = {id(config): ends[number] for number, (config, _) in enumerate(runs)}
+    return {
+        name: Told(
+            configs[name],
+            [found[id(config)] for config in configs[name]],
+            outputs_of(configs[name][-1]),
+            outputs_of(undisturbed[name]),
+        )
+        for name in NAMES
+    }
+
+
+def first_steps(scenario: Scenario) -> list[int]:
+    """The step at which each attempt begins."""
+    left = [0, *(one.disturbance.left or 0 for one in scenario.attempts if one.disturbance is not None)]
+    return [0 if one.settings is START_OVER else first for one, first in zip(scenario.attempts, left, strict=True)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_video_is_that_of_an_undisturbed_run(told, name):
+    outputs, undisturbed = told[name].outputs, told[name].undisturbed
+    meshes = {one.mesh for one in SCENARIOS[name].attempts}
+    kinds = told[name].configs[-1].output.formats
+    assert kinds and outputs.keys() == {*kinds, "record"}  # latents that nobody asked for are gone
+    for kind in kinds:
+        one, other = outputs[kind], undisturbed[kind]
+        assert one.shape == other.shape
+        if len(meshes) == 1:
+            assert torch.equal(one, other), (kind, (one.float() - other.float()).abs().max())
+        else:
+            assert (one.float() - other.float()).abs().max() <= (1e-5 if kind == "latents" else 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_ranks_end_at_the_same_step_and_leave_its_state(told, name):
+    for one, by_rank in zip(SCENARIOS[name].attempts, told[name].ends, strict=True):
+        assert len(by_rank) == prod(MESHES[one.mesh].values())
+        event = one.disturbance
+        for rank, end in enumerate(by_rank):
+            if event is None:
+                assert end["ended"] == "done", end
+            elif isinstance(event, Refusal):
+                assert end["ended"] == "failed" and issubclass(end["type"], CheckpointError), end
+                assert str(state_file(told[name].configs[-1])) in end["text"] and event.text in end["text"], end
+            elif event.number is None:
+                assert (end["ended"], end.get("type")) == ("failed", Failed), end
+            else:
+                # where there is no loop, a rank just leaves: what an earlier run has saved is no doing of its own
+                saved = (event.left, STEPS) if event.phase in ("denoise", "decode") else (None, 0)
+                by = event.number.name if rank == event.rank else "a signal"
+                assert end["ended"] == "stopped", end
+                assert (end["signal"], end["saved"], end["steps"]) == (by, *saved)
+        left = None if event is None else event.left
+        assert by_rank[0]["left"] == left
+        assert by_rank[0]["files"] == ([] if left is None else [STATE_FILE])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_what_the_remaining_steps_need_is_loaded(told, name):
+    config, first = told[name].configs[-1], first_steps(SCENARIOS[name])[-1]
+    _, schedule = scheduled(config.sampler, open_checkpoint(Path(config.model.path)).scheduler)
+    needed = {step.expert for step in schedule[first:]}
+    record = told[name].outputs["record"]
+    for rank in record["ranks"]:
+        assert {component for component in rank["bytes_read"] if component.startswith("transformer")} == needed
+    assert ("text_encoder" in record["ranks"][0]["bytes_read"]) == bool(needed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_record_counts_every_step(told, name):
+    steps = told[name].outputs["record"]["steps"]
+    assert len(steps) == STEPS and all(seconds > 0 for seconds in steps)
+    assert len(set(steps)) == STEPS
+
+
+def test_the_cases_are_what_they_say(told):
+    def experts(name: str) -> list[str]:
+        config = told[name].configs[-1]
+        return [
+            step.expert for step in scheduled(config.sampler, open_checkpoint(Path(config.model.path)).scheduler)[1]
+        ]
+
+    assert experts("at the switch") == ["transformer"] * 2 + ["transformer_2"] * 2
+    assert [config.runtime.ranks for config in told["from mesh to mesh"].configs] == [2, 2, 1]
+    rows = {row["component"]: row["placement"] for row in told["ulysses, FSDP"].outputs["record"]["plan"]}
+    assert rows["transformer"] == rows["transformer_2"] == "fsdp"
+    rows = {row["component"]: row["placement"] for row in told["placements"].outputs["record"]["plan"]}
+    assert rows["transformer"] == rows["transformer_2"] == "component"

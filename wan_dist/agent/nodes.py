@@ -1,0 +1,211 @@
+"""The nodes of a run that `wan-dist` starts: which one this is, and the store in which their agents meet.
+
+One agent per node. Node 0 serves a key-value store at head:port, which torchrun's static rendezvous and the ranks then
+use as well; a run on one node has one of its own.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn
+
+from wan_dist.config.schema import LaunchConfig
+from wan_dist.planning.refusal import Refusal, RefusedError
+from wan_dist.topology import SlurmStep
+
+DEFAULT_PORT = 29500  # torchrun's own
+# Slurm jobs may share their first node, so that each has a port by its number; below the kernel's ephemeral ports.
+_SLURM_PORTS = (20000, 12000)
+_LOOPBACK = "127.0.0.1"
+_MEET_S = 600.0  # people type at several terminals; Slurm starts a step's tasks together
+_TELL_S = 5.0  # of waiting, before the user is told for whom
+_POLL_S = 0.05  # waiting inside the store's own calls would leave signals unheard
+
+
+@dataclass(frozen=True)
+class Node:
+    """This node: `rank` of `count`. head, port: where node 0 serves the store; port 0 is any that is free."""
+
+    rank: int = 0
+    count: int = 1
+    head: str = _LOOPBACK
+    port: int = 0
+
+
+def find_node(launch: LaunchConfig, step: SlurmStep | None, address_of: Callable[[str], str]) -> Node:
+    """Which node this is, by `launch.*` or as a task of `srun`. address_of: of the first host of a Slurm host list.
+
+    Raises RefusedError with every reason why the run cannot be laid out over nodes.
+    """
+    refusals = _slurm_refusals(launch, step) if step is not None else _launch_refusals(launch)
+    if refusals:
+        raise RefusedError(refusals)
+    if step is not None and step.nodes > 1:
+        first, count = _SLURM_PORTS
+        port = launch.port or first + (step.job * 16 + step.step) % count
+        return Node(step.node_rank, step.nodes, launch.head or address_of(step.hosts), port)
+    if launch.nodes > 1:
+        assert launch.node_rank is not None and launch.head is not None, "refused above"
+        return Node(launch.node_rank, launch.nodes, launch.head, launch.port or DEFAULT_PORT)
+    return Node(port=launch.port or 0)
+
+
+def _slurm_refusals(launch: LaunchConfig, step: SlurmStep) -> list[Refusal]:
+    found = []
+    if step.tasks != step.nodes:
+        why = f"srun started {step.tasks} tasks on {step.nodes} node(s); each wan-dist starts all ranks of its node"
+        found.append(Refusal("launch", f"{step.tasks} tasks", why, "use srun --ntasks-per-node=1"))
+    if launch.nodes not in (1, step.nodes):
+        why = f"srun started this on {step.nodes} node(s)"
+        found.append(Refusal("launch.nodes", launch.nodes, why, "leave it out under Slurm"))
+    if launch.node_rank not in (None, step.node_rank):
+        why = f"Slurm says that this is node {step.node_rank}"
+        found.append(Refusal("launch.node_rank", launch.node_rank, why, "leave it out under Slurm"))
+    return found
+
+
+def _launch_refusals(launch: LaunchConfig) -> list[Refusal]:
+    found = []
+    if launch.nodes > 1:
+        if launch.node_rank is None:
+            why = f"a run on {launch.nodes} nodes needs each node's number"
+            found.append(Refusal("launch.node_rank", None, why, f"give 0 to {launch.nodes - 1}, one to each node"))
+        if launch.head is None:
+            why = f"a run on {launch.nodes} nodes meets at node 0"
+            found.append(Refusal("launch.head", None, why, "give node 0's host name or address, on every node"))
+    elif launch.head is not None:
+        found.append(Refusal("launch.head", launch.head, "this run has one node", "give launch.nodes, or leave it out"))
+    if launch.node_rank is not None and launch.node_rank >= launch.nodes >= 1:
+        why = f"launch.nodes is {launch.nodes}"
+        found.append(Refusal("launch.node_rank", launch.node_rank, why, f"use 0 to {launch.nodes - 1}"))
+    return found
+
+
+def slurm_address(hosts: str) -> str:
+    """The address of the first host of a Slurm host list, as Slurm itself reaches it; its name where Slurm's commands
+    do not say."""
+    names = _output("scontrol", "show", "hostnames", hosts).split()
+    first = names[0] if names else hosts
+    words = _output("scontrol", "show", "node", first, "-o").split()
+    address = next((word.partition("=")[2] for word in words if word.startswith("NodeAddr=")), "")
+    return address or first
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+class Meeting:
+    """The store of a run's agents, and what they agree on there before ranks start.
+
+    Raises RefusedError where node 0 cannot serve it, or is not found there; LostNodeError where it goes away.
+    """
+
+    def __init__(self, node: Node) -> None:
+        from torch import distributed as dist
+
+        self.node = node
+        first = node.rank == 0
+        if not first:
+            _wait_for_server(node)
+        try:
+            self.store = dist.TCPStore(
+                node.head,
+                node.port,
+                is_master=first,
+                wait_for_workers=False,
+                multi_tenant=True,  # torchrun's rendezvous serves the same one
+                timeout=timedelta(seconds=60),
+            )
+        except (RuntimeError, ValueError) as error:
+            _refuse_meeting(node, error)
+        self.port: int = self.store.port
+        self._job = 0
+
+    def first_says(self, word: str) -> str:
+        """Node 0's word, on every node; each call begins another job."""
+        self._job += 1
+        if self.node.count == 1:
+            return word
+        key = f"wan_dist/first/{self._job}"
+        if self.node.rank == 0:
+            self.store.set(key, word)
+        return self._wait_for(key, 0)
+
+    def answers(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each node has to say of the present job, in node order; waits until all have."""
+        if self.node.count == 1:
+            return [mine]
+        keys = [f"wan_dist/answer/{self._job}/{node}" for node in range(self.node.count)]
+        self.store.set(keys[self.node.rank], json.dumps(mine))
+        return [json.loads(self._wait_for(key, node)) for node, key in enumerate(keys)]
+
+    def _wait_for(self, key: str, node: int) -> str:
+        """The word that a node leaves under `key`, however long it takes: it may fetch a large checkpoint first."""
+        told, start = False, time.monotonic()
+        try:
+            while not self.store.check([key]):
+                if not told and time.monotonic() - start > _TELL_S:
+                    print(f"wan-dist: waiting for node {node}", file=sys.stderr, flush=True)
+                    told = True
+                time.sleep(_POLL_S)
+            return self.store.get(key).decode()
+        except RuntimeError as error:
+            raise LostNodeError("node 0 left before the ranks were started; its own terminal says why") from error
+
+
+class LostNodeError(RuntimeError):
+    """The node that serves the store is gone."""
+
+
+def _wait_for_server(node: Node) -> None:
+    """Until node 0 serves the store."""
+    told, start = False, time.monotonic()
+    while True:
+        try:
+            socket.create_connection((node.head, node.port), timeout=2).close()
+            return
+        except OSError as error:
+            waited = time.monotonic() - start
+            if waited > _MEET_S or isinstance(error, socket.gaierror):
+                _refuse_meeting(node, error)
+            if not told and waited > _TELL_S:
+                print(f"wan-dist: waiting for node 0 at {node.head}:{node.port}", file=sys.stderr, flush=True)
+                told = True
+            time.sleep(_POLL_S)
+
+
+def _refuse_meeting(node: Node, error: Exception) -> NoReturn:
+    where, reason = f"{node.head}:{node.port}", str(error).splitlines()[0]
+    why, remedy = f"no node 0 at {where} ({reason})", "start node 0; check launch.head and launch.port"
+    if node.rank == 0:
+        why, remedy = f"this node cannot serve {where} ({reason})", "use another launch.port, or node 0's own address"
+    raise RefusedError([Refusal("launch.head", node.head, why, remedy)]) from error
+
+
+def interface_towards(head: str, port: int) -> str | None:
+    """The network interface whose address this host uses to reach `head`, or None where that cannot be told.
+
+    gloo by itself takes the address of the host's own name, which on many systems is a loopback one.
+    """
+    import psutil
+
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(head, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # of datagrams: nothing is sent
+            mine = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.split("%")[0] == mine for entry in addresses):
+            return name
+    return None
