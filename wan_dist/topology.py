@@ -11,6 +11,7 @@ from pathlib import Path
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # asked by these, a run saves its state and ends
 EXIT_STOPPED = 75  # then: EX_TEMPFAIL of sysexits.h, try again
+EXIT_ENDED = 128 + signal.SIGTERM  # of a rank whose agent ended it, because another one failed
 _LAST_COMMON_STEP = 0xFFFFFFF0  # numbers above are Slurm's own: batch shell, interactive shell, extern
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ from wan_dist.config.schema import Config
 from wan_dist.log import log_to_file, logger, rank_log_path, silence
 from wan_dist.output.pulse import pulse_store, stacks_on_signal
 from wan_dist.planning.patience import stall_limits
+from wan_dist.stop import StoppedError, StopRequest
 from wan_dist.topology import EXIT_STOPPED, RankEnv, rank_env
 
 _PR_SET_PDEATHSIG = 1
@@ -41,8 +43,8 @@ def die_with_parent(parent: int | None = None) -> None:
         os._exit(1)
 
 
-def run_rank(config_path: Path, env: RankEnv) -> NoReturn:
-    """Run this rank's part of the frozen config's task and leave the process."""
+def run_rank(config_path: Path, env: RankEnv, agent: int | None = None) -> NoReturn:
+    """Run this rank's part of the frozen config's task and leave the process. agent: our own, None under torchrun."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every rank; each just goes
     run_dir = config_path.parent
@@ -51,7 +53,9 @@ def run_rank(config_path: Path, env: RankEnv) -> NoReturn:
         silence(log)
     log_to_file(log, env.rank)
     stacks_on_signal(log)
-    state: dict[str, Any] = {"phase": "import"}
+    stop = StopRequest()
+    stop.listen(agent)
+    state: dict[str, Any] = {"phase": "import", "stop": stop}
     code = 0
     try:
         _run_task(freeze.load(config_path), env, state)
@@ -68,10 +72,7 @@ def _run_task(config: Config, env: RankEnv, state: dict[str, Any]) -> None:
     import torch
 
     from wan_dist.distributed.process_group import agent_store
-    from wan_dist.distributed.stop import StopRequest
 
-    state["stop"] = stop = StopRequest()
-    stop.listen()
     if config.runtime.device == "cuda":
         device = torch.device("cuda", env.local_rank)  # the local index, never the global one
         torch.cuda.set_device(device)
@@ -97,7 +98,7 @@ def _run_task(config: Config, env: RankEnv, state: dict[str, Any]) -> None:
     if config.task == "decode":
         outputs = decode(config, env, device, report)
     else:
-        outputs = generate(config, env, device, report, stop)
+        outputs = generate(config, env, device, report, state["stop"])
     paths = [outputs[kind] for kind in sorted(outputs, key=lambda kind: kind == "mp4")]  # the video's path last
     _try(lambda: print("\n".join(paths), flush=True) if paths else None)
     logger.info("done: %s", outputs)
@@ -133,11 +134,10 @@ def _record_end(error: BaseException, env: RankEnv, config_path: Path, log: Path
     """Put why this rank ends where the agent (our own, or torchrun's) finds it, and into this rank's log; returns the
     exit code."""
     from wan_dist.distributed.collectives import PeerLostError
-    from wan_dist.distributed.stop import StoppedError, StopRequest
     from wan_dist.loading.tensor_files import RemoteCheckpointError
 
-    stop = state.get("stop")
-    StopRequest.ignore_no_more()
+    stop: StopRequest = state["stop"]
+    stop.leave()
     report = state.get("report")
     if report is not None:  # nobody is to wait for a sign from this rank
         report.pulse.close()
@@ -151,7 +151,7 @@ def _record_end(error: BaseException, env: RankEnv, config_path: Path, log: Path
     if consequence:
         # Another rank failed first; its agent is about to end this one. Only if none does is this the failure.
         logger.error("another rank failed: %s", error)
-        time.sleep(0 if stop is not None and stop.signal is not None else _WAIT_FOR_AGENT_S)
+        stop.ended.wait(_WAIT_FOR_AGENT_S)
     account |= _failure(error, env, config_path, log, state)
     account["consequence"] = consequence
     logger.error("failed in phase %s\n%s", account["phase"], account["traceback"])
@@ -191,9 +191,12 @@ def _failure(error: BaseException, env: RankEnv, config_path: Path, log: Path, s
 
 
 def _leave_account(account: dict[str, Any], run_dir: Path, message: str) -> None:
+    file = run_dir / f"failure.rank{account['rank']}.json"
     try:
-        (run_dir / f"failure.rank{account['rank']}.json").write_text(json.dumps(account))
+        file.write_text(json.dumps(account))
     except OSError:  # a full disk, most likely, which may be what failed: then only this tells
+        with suppress(OSError):
+            file.unlink()
         _try(lambda: print(f"wan-dist: rank {account['rank']}: {message}", file=sys.stderr, flush=True))
 
 
@@ -209,8 +212,9 @@ def main() -> NoReturn:
     env = rank_env()
     if env is None or len(sys.argv) != 3:
         sys.exit("wan_dist.worker is started by the agent; type: wan-dist prompt=...")
-    die_with_parent(int(sys.argv[2]))
-    run_rank(Path(sys.argv[1]), env)
+    agent = int(sys.argv[2])
+    die_with_parent(agent)
+    run_rank(Path(sys.argv[1]), env, agent)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ import signal
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from wan_dist.agent.failures import RankFailure, collect, describe, describe_stop, root_cause, stopped_by_request
-from wan_dist.agent.launch import RunFailedError, StoppedRunError, environment
+from wan_dist.agent.launch import RunFailedError, StoppedRunError, environment, exit_codes
 from wan_dist.agent.prepare import run_id
 from wan_dist.log import rank_log_path
 from wan_dist.topology import SlurmStep, rank_env, slurm_step
@@ -28,6 +29,7 @@ def account(rank: int, time: float, **more) -> dict:
 TOLD_LATE = RankFailure(0, 1, account(0, 20.0), "node1")
 TOLD_EARLY = RankFailure(2, 1, account(2, 10.0), "node1")
 TERMINATED = RankFailure(1, -15, None)
+ENDED = RankFailure(1, 143, None)  # as the agent ends ranks that listen
 CONSEQUENCE = RankFailure(0, 1, account(0, 1.0, consequence=True), "node1")
 STOPPED = RankFailure(0, 75, {"time": 5.0, "stopped": True, "signal": "SIGTERM", "saved": 7, "steps": 20}, "node1")
 STOPPED_LOADING = RankFailure(1, 75, {"time": 5.0, "stopped": True, "signal": "SIGUSR1", "saved": None, "steps": 0})
@@ -42,6 +44,8 @@ SILENT = RankFailure(4, 1, None)
         ([TOLD_LATE, TERMINATED, KILLED], KILLED),
         ([TERMINATED, TOLD_LATE], TOLD_LATE),
         ([SILENT, TOLD_LATE], TOLD_LATE),
+        ([ENDED, SILENT], SILENT),
+        ([ENDED, CONSEQUENCE], CONSEQUENCE),
         ([TERMINATED, SILENT], SILENT),
         ([RankFailure(0, -6, None), TOLD_LATE], TOLD_LATE),
         ([CONSEQUENCE, TOLD_LATE], TOLD_LATE),
@@ -112,7 +116,7 @@ def test_the_last_lines_of_the_log_are_shown_up_to_the_account_itself(tmp_path):
     ("failures", "request_", "stopped"),
     [
         ([STOPPED, STOPPED_LOADING], None, True),
-        ([STOPPED, CONSEQUENCE, TERMINATED], None, True),
+        ([STOPPED, CONSEQUENCE, TERMINATED, ENDED], None, True),
         ([TERMINATED], signal.SIGTERM, True),  # it did not listen yet
         ([RankFailure(0, -signal.SIGUSR1, None)], signal.SIGUSR1, True),
         ([CONSEQUENCE], signal.SIGTERM, True),  # of the stop of another node, whose folder is not shared
@@ -130,8 +134,8 @@ def test_what_is_a_clean_stop(failures, request_, stopped):
 @pytest.mark.parametrize(
     ("failures", "words"),
     [
-        ([STOPPED_LOADING, STOPPED], "stopped by SIGUSR1 after step 7 of 20; its state is saved"),
-        ([STOPPED_LOADING], "stopped by SIGUSR1 before the first step; nothing was to be saved"),
+        ([STOPPED_LOADING, STOPPED], "stopped by SIGTERM after step 7 of 20; its state is saved"),
+        ([STOPPED_LOADING], "stopped by SIGTERM before the first step; nothing was to be saved"),
         ([TERMINATED], "stopped by SIGTERM before the first step; nothing was to be saved"),
     ],
 )
@@ -145,6 +149,15 @@ def test_the_stop_of_a_run_that_is_complete_but_for_decoding():
     assert "stopped by SIGTERM after the last step; " in text
     assert text.endswith("with: output.resume=auto output.dir=/runs")
     assert str(pickle.loads(pickle.dumps(StoppedRunError("stopped")))) == "stopped"
+
+
+def test_which_rank_the_agent_had_to_kill():
+    def failure(exitcode: int, timestamp: int) -> SimpleNamespace:
+        return SimpleNamespace(exitcode=exitcode, timestamp=timestamp)
+
+    assert exit_codes({0: failure(1, 100), 1: failure(-9, 130)}) == {0: 1, 1: 143}
+    assert exit_codes({0: failure(1, 100), 1: failure(-9, 101)}) == {0: 1, 1: -9}
+    assert exit_codes({0: failure(1, 130), 1: failure(-9, 100)}) == {0: 1, 1: -9}
 
 
 def test_what_a_rank_could_not_tell_its_agent_does_for_the_other_nodes(tmp_path):

@@ -17,8 +17,10 @@ from typing import Any
 
 from wan_dist.log import rank_log_path
 from wan_dist.output.names import PLAN_FILE
+from wan_dist.topology import EXIT_ENDED
 
 _CRASHES = tuple(-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
+_ENDED = (0, -signal.SIGTERM, EXIT_ENDED)  # by the agent, or by itself
 _LAST_LINES = 5  # of a rank's log
 _LOG_TAIL_BYTES = 16_384
 
@@ -49,7 +51,7 @@ def collect(run_dir: Path, ended: dict[int, int]) -> list[RankFailure]:
     for rank, code in ended.items():
         failure = _read(account_path(run_dir, rank), rank, code)
         mine.append(failure)
-        if failure.account is None and code not in (0, -signal.SIGTERM):
+        if failure.account is None and code not in _ENDED:
             _tell(run_dir, failure)
     others = [_rank_of(file) for file in sorted(run_dir.glob("failure.rank*.json"))]
     return mine + [_read(account_path(run_dir, rank), rank, 1) for rank in others if rank not in ended]
@@ -71,8 +73,12 @@ def _read(file: Path, rank: int, exit_code: int) -> RankFailure:
 
 def _tell(run_dir: Path, failure: RankFailure) -> None:
     account = {"rank": failure.rank, "host": failure.host, "exit_code": failure.exit_code, "time": time.time()}
-    with suppress(OSError):  # a full disk, or a folder that is gone: this node's user is told in any case
-        account_path(run_dir, failure.rank).write_text(json.dumps(account))
+    file = account_path(run_dir, failure.rank)
+    try:
+        file.write_text(json.dumps(account))
+    except OSError:  # a full disk, or a folder that is gone: this node's user is told in any case
+        with suppress(OSError):
+            file.unlink()
 
 
 def root_cause(failures: list[RankFailure]) -> RankFailure:
@@ -82,7 +88,7 @@ def root_cause(failures: list[RankFailure]) -> RankFailure:
     for candidates in (
         [f for f in failures if f.account is None and f.exit_code in _CRASHES],
         sorted(own, key=lambda f: (f.account or {})["time"]),
-        [f for f in failures if f.account is None and f.exit_code not in (0, -signal.SIGTERM)],
+        [f for f in failures if f.account is None and f.exit_code not in _ENDED],
         sorted((f for f in failures if f.account is not None), key=lambda f: (f.account or {})["time"]),
     ):
         if candidates:
@@ -95,7 +101,7 @@ def stopped_by_request(failures: list[RankFailure], request: signal.Signals | No
     signal that this node's agent passed on, which also ends ranks that do not listen yet."""
     told = [f.account for f in failures if f.account is not None]
     only_stops = all(account.get("stopped") or account.get("consequence") for account in told)
-    silent = [f for f in failures if f.account is None and f.exit_code not in (0, -signal.SIGTERM, -signal.SIGUSR1)]
+    silent = [f for f in failures if f.account is None and f.exit_code not in (*_ENDED, -signal.SIGUSR1)]
     return only_stops and not silent and (request is not None or any(f.stopped for f in failures))
 
 
@@ -103,7 +109,7 @@ def describe_stop(failures: list[RankFailure], request: signal.Signals | None, r
     """`stopped by SIGTERM after step 7 of 20; ...`: what was done, and how to go on. run_dir: in the output folder."""
     accounts = [f.account for f in failures if f.stopped and f.account is not None]
     saved = next((account for account in accounts if account.get("saved") is not None), None)
-    name = accounts[0]["signal"] if accounts else request.name if request else "a signal"
+    name = request.name if request is not None else accounts[0]["signal"]
     if saved is None:
         return f"stopped by {name} before the first step; nothing was to be saved"
     done, steps = saved["saved"], saved["steps"]

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from wan_dist.agent.failures import collect, describe, describe_stop, root_cause
 from wan_dist.agent.nodes import Meeting, interface_towards
 from wan_dist.agent.watchdog import Stall, Watchdog
 from wan_dist.output.pulse import pulse_store
-from wan_dist.topology import STOP_SIGNALS, threads_per_rank
+from wan_dist.topology import EXIT_ENDED, STOP_SIGNALS, threads_per_rank
 
-_SHUTDOWN_S = 5  # ranks that ignore SIGTERM are killed after this
+_SHUTDOWN_S = 5  # after Ctrl-C, ranks that ignore it are killed
+_CLOSED_AFTER_S = 25  # torch kills after 30 s, which cannot be set, what did not end by SIGTERM; it counts seconds
 _JOIN_S = 300  # of the nodes' agents, all of which are there when the ranks are started
 
 
@@ -76,7 +77,7 @@ def launch(config_path: Path, ranks: int, meeting: Meeting, job: str) -> None:
             worker = ("-P", "-u", "-m", "wan_dist.worker", str(config_path), str(os.getpid()))
             elastic_launch(launch_config, sys.executable)(*worker)
         except ChildFailedError as error:
-            ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            ended = exit_codes(error.failures)
         except SignalException as error:
             raise InterruptedRunError(f"stopped by {signal.Signals(error.sigval).name}") from None
     if stalls:
@@ -98,6 +99,15 @@ def _watched(store: Any, ranks: int, stalls: list[Stall]) -> Iterator[None]:
         yield
     finally:
         watchdog.close()
+
+
+def exit_codes(failures: Mapping[int, Any]) -> dict[int, int]:
+    """By rank, of torch's ProcessFailures. Which the agent itself had to kill, since they did not end when others had
+    failed, count as ended by it."""
+    first = min(failure.timestamp for failure in failures.values())
+    late = {rank for rank, failure in failures.items() if failure.timestamp - first >= _CLOSED_AFTER_S}
+    killed = {rank for rank in late if failures[rank].exitcode == -signal.SIGKILL}
+    return {rank: EXIT_ENDED if rank in killed else failure.exitcode for rank, failure in failures.items()}
 
 
 def _tell(run_dir: Path, ended: dict[int, int], asked: signal.Signals | None) -> None:
@@ -125,8 +135,8 @@ class _Asked:
 
 @contextmanager
 def _stops_passed_on() -> Iterator[_Asked]:
-    """While ranks live, SIGTERM and SIGUSR1 are theirs: each is told until all have ended, since some may not be there
-    yet, and being told twice means nothing to them."""
+    """While ranks live, SIGTERM and SIGUSR1 are theirs: each is told, by SIGUSR1 (the agent's SIGTERM means their end),
+    until all have ended, since some may not be there yet, and being told twice means nothing to them."""
     asked, over = _Asked(), threading.Event()
 
     def ask(number: int, _frame: Any) -> None:
@@ -135,7 +145,7 @@ def _stops_passed_on() -> Iterator[_Asked]:
     def pass_on() -> None:
         while not over.wait(0.05):
             if asked.number is not None:
-                signal_ranks(asked.number)
+                signal_ranks(signal.SIGUSR1)
                 over.wait(0.5)
 
     for number in STOP_SIGNALS:

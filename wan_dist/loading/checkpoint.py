@@ -12,6 +12,8 @@ from wan_dist.loading.tensor_files import CheckpointError, read_component, weigh
 EXPERTS = ("transformer", "transformer_2")  # high noise (or the only one), low noise
 _WITH_WEIGHTS = ("text_encoder", "image_encoder", "vae", *EXPERTS)
 
+_SAMPLES, _SAMPLE_BYTES = 32, 4096  # of a weight file, for its fingerprint
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -113,8 +115,8 @@ def header_problems(checkpoint: Checkpoint) -> list[str]:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 over the checkpoint's JSON files and over name, length and header of every weight file: cheap, yet any
-    other architecture, dtype, sharding or size of weights changes it (the weights' own bytes are not read)."""
+    """SHA-256 over the checkpoint's JSON files and, of every weight file, name, length, header and samples of its bytes
+    at even distances: cheap, yet another architecture, dtype or sharding changes it, and other weights do."""
     digest = hashlib.sha256()
     path = checkpoint.path
     folders = [path / name for name in sorted({*checkpoint.configs, "scheduler", "tokenizer", "image_processor"})]
@@ -123,7 +125,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     for file in [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]:
         with file.open("rb") as stream:
             header = stream.read(min(int.from_bytes(stream.read(8), "little"), 1 << 26))
-        digest.update(f"{file.relative_to(path)}:{file.stat().st_size}".encode() + header)
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(path)}:{size}".encode() + header)
+            for part in range(_SAMPLES):
+                stream.seek(part * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ def remove_leftovers(folder: Path, name: str) -> None:
 
 @contextmanager
 def atomic(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`; on leaving it is synced and takes target's name, on failure it is removed."""
+    """A temporary path beside `target`; on leaving it is synced and takes target's name, on failure it is removed. An
+    error of the disk names `target`."""
     scratch = temporary_path(target)
     try:
         yield scratch
@@ -26,8 +27,11 @@ def atomic(target: Path) -> Iterator[Path]:
         _sync(scratch)
         scratch.replace(target)
         _sync(target.parent)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            scratch.unlink()
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror or str(error), str(target)) from error
         raise
 
 

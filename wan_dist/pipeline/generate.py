@@ -17,7 +17,6 @@ import torch
 
 from wan_dist.config.schema import Config
 from wan_dist.distributed.collectives import gather_objects
-from wan_dist.distributed.stop import StoppedError, StopRequest
 from wan_dist.loading.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from wan_dist.loading.components import match_image_encoder, match_text_encoder, match_vae
 from wan_dist.loading.weights import MatchedWeights, from_files, on_every_rank
@@ -40,6 +39,7 @@ from wan_dist.planning.workload import Task
 from wan_dist.sampling.denoise import Predict, denoise, initial_noise
 from wan_dist.sampling.schedule import Step
 from wan_dist.sampling.solvers import scheduled
+from wan_dist.stop import StoppedError, StopRequest
 from wan_dist.topology import RankEnv
 
 
@@ -95,7 +95,6 @@ def _stoppable(run: Run, keeper: StateKeeper, result: torch.Tensor, stop: StopRe
             stop.release()
         yield
     except StoppedError:
-        stop.hold()
         raise keeper.save_result(result) from None
 
 

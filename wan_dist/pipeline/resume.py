@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from wan_dist.distributed.collectives import broadcast, gather_objects, wait_for_first
-from wan_dist.distributed.stop import StoppedError, StopRequest
+from wan_dist.distributed.collectives import any_rank, broadcast, gather_objects, wait_for_first
 from wan_dist.loading.checkpoint import fingerprint
 from wan_dist.loading.tensor_files import CheckpointError
 from wan_dist.loading.weights import on_every_rank
@@ -23,6 +22,7 @@ from wan_dist.output.names import STATE_FILE, run_folder, temporary_path
 from wan_dist.output.state import DenoisingState, StateWriter, read_state
 from wan_dist.pipeline.run import Run
 from wan_dist.sampling.solver_state import SolverState, restore_solver, solver_state
+from wan_dist.stop import StoppedError, StopRequest
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,22 @@ class StateKeeper:
 
     def after_step(self, done: int, latents: torch.Tensor) -> None:
         """After each step. Raises StoppedError on every rank where one has been asked to stop, the state saved."""
-        steps, asked = len(self._run.schedule), self._stop.agreed(self._run.mesh.world, self._run.device)
+        steps, asked = len(self._run.schedule), self._agreed_to_stop()
         if asked or (self._every and (done % self._every == 0 or done == steps)):
             self._save(done, latents)
         if asked:
+            self._stop.leave()
             self._must_be_saved()
             wait_for_first(self._run.mesh, "state saved")
             raise self._stopped(done)
 
+    def _agreed_to_stop(self) -> bool:
+        """Whether any rank has been asked to; the same answer on all."""
+        return any_rank(self._run.mesh.world, self._stop.signal is not None, self._run.device)
+
     def save_result(self, latents: torch.Tensor) -> StoppedError:
         """After the last step: save what the loop ended with, if it is not yet, and return what to raise."""
+        self._stop.leave()
         steps = len(self._run.schedule)
         if self._submitted != steps:
             self._save(steps, latents)

@@ -57,7 +57,10 @@ def latents_kept(run: Run, latents: torch.Tensor) -> Iterator[None]:
     except OSError as error:
         if not run.is_first or run.config.task != "generate":
             raise
-        for folder in (Path(str(run.config.output.dir)), Path(tempfile.gettempdir())):
+        home = Path(str(run.config.output.dir))
+        if not home.exists():
+            error.add_note(f"{home} was removed while the run was under way")
+        for folder in (home, Path(tempfile.gettempdir())):
             file = output_path(folder, run.config.output.name, "latents")
             with suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
