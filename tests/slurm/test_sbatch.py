@@ -262,24 +262,28 @@ def resumed_at(output: str) -> list[int]:
 
 
 class TestStoppedJobsGoOn:
-    @pytest.fixture
-    def long_job(self, two_nodes, submit):
-        """A job on two nodes in the midst of denoising."""
-        job, cwd = submit(["--nodes=2"], *LONG_RUN)
-        yield job, cwd
-        two_nodes.cancel(job)
+    @pytest.fixture(scope="class")
+    def requeued(self, two_nodes, submit):
+        """Jobs on two nodes, stopped in the midst of denoising, and over; by how, the id and the folder."""
+
+        def stop(how: str) -> tuple[str, Path]:
+            job, cwd = submit(["--nodes=2"], *LONG_RUN)
+            two_nodes.wait_for_output(job, rf"step \d\d+/{LONG}")
+            if how == "requeued by hand":
+                two_nodes.requeue(job)
+            else:
+                two_nodes.signal(job, "USR1")
+                two_nodes.release(job)
+            two_nodes.wait(job, timeout=120)
+            return job, cwd
+
+        ways = ("requeued by hand", "time limit near")
+        return dict(zip(ways, together(*(lambda w=w: stop(w) for w in ways)), strict=True))
 
     @pytest.mark.parametrize("how", ["requeued by hand", "time limit near"])
-    def test_a_requeued_job_ends_with_the_same_latents(self, two_nodes, long_job, undisturbed, how):
-        job, cwd = long_job
-        two_nodes.wait_for_output(job, rf"step \d\d+/{LONG}")
-        if how == "requeued by hand":
-            two_nodes.requeue(job)
-        else:
-            two_nodes.signal(job, "USR1")
-            two_nodes.release(job)
-        end = two_nodes.wait(job, timeout=120)
-        output = two_nodes.output(job)
+    def test_a_requeued_job_ends_with_the_same_latents(self, two_nodes, requeued, undisturbed, how):
+        job, cwd = requeued[how]
+        end, output = two_nodes.show(job), two_nodes.output(job)
         assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("COMPLETED", "0:0", "1"), output
         (step,) = resumed_at(output)
         assert 5 <= step < LONG
