@@ -8,11 +8,14 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType
 
 from wan_dist.topology import EXIT_ENDED, STOP_SIGNALS
 
 _WAKE = signal.SIGURG  # has no meaning of its own to us, and none by default
+_ASK_AGAIN_S = 0.2
 
 
 class StoppedError(BaseException):
@@ -35,12 +38,12 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.ended = threading.Event()
-        self._held = self._leaving = False
+        self._begun = self._held = self._leaving = self._raised = False
 
     def listen(self, agent: int | None) -> None:
-        """From now on a stop signal raises StoppedError in the main thread, which calls this; where it is held, it is
-        noted. To be called before there are other threads, which would take the signals. agent: its process id, where
-        that ends its ranks with SIGTERM; None under torchrun, which uses the same signal for both."""
+        """From now on a stop signal ends this process at once, and after `begin` it is a request. To be called by the
+        main thread before there are others, which would take the signals. agent: its process id, where that ends its
+        ranks with SIGTERM; None under torchrun, which uses the same signal for both."""
         signal.signal(_WAKE, self._wake)
         if not hasattr(signal, "sigwaitinfo"):  # macOS: one has to do without the sender
             for number in STOP_SIGNALS:
@@ -49,6 +52,13 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         threading.Thread(target=self._listen, args=(agent,), name="stop request", daemon=True).start()
 
+    def begin(self, failed: Callable[[], bool] = lambda: False) -> None:
+        """Everything is imported (which cannot be interrupted and tried again): from now on a stop signal raises
+        StoppedError in the main thread; where it is held, it is noted. failed: whether another rank has failed: then
+        SIGTERM from torchrun is no request."""
+        self._failed = failed
+        self._begun = True
+
     def hold(self) -> None:
         """Note requests from here on, raise nothing."""
         self._held = True
@@ -56,8 +66,7 @@ class StopRequest:
     def release(self) -> None:
         """The opposite of `hold`. Raises StoppedError where a request came in between."""
         self._held = False
-        if self.signal is not None:
-            raise StoppedError(self.signal.name)
+        self._raise()
 
     def leave(self) -> None:
         """This rank is about to end by itself: nothing that is asked from here on changes that."""
@@ -69,16 +78,36 @@ class StopRequest:
             self._asked(info.si_signo, info.si_pid, agent)
 
     def _asked(self, number: int, sender: int | None, agent: int | None) -> None:
-        if number == signal.SIGTERM and agent is not None and sender == agent:
-            if not self._leaving:
-                sys.stderr.flush()
-                os._exit(EXIT_ENDED)
+        by_agent = number == signal.SIGTERM and agent is not None and sender == agent
+        if by_agent and self._leaving:
             self.ended.set()
+        elif by_agent or not self._begun:
+            _exit()
         elif self.signal is None and not self._leaving:
             self.signal = signal.Signals(number)
             if not self._held:
                 signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
+            if agent is None and number == signal.SIGTERM:
+                threading.Thread(target=self._follow, name="failed rank", daemon=True).start()
+
+    def _follow(self) -> None:
+        """Under torchrun: end with a rank that has failed, wherever this one waits for it."""
+        while not self._failed():
+            time.sleep(_ASK_AGAIN_S)
+        if not self._leaving:
+            _exit()
 
     def _wake(self, _number: int, _frame: FrameType | None) -> None:
-        if self.signal is not None and not (self._held or self._leaving):
+        if not (self._held or self._leaving):
+            self._raise()
+
+    def _raise(self) -> None:
+        """Once: the first is on its way, and what handles it is not to be interrupted."""
+        if self.signal is not None and not self._raised:
+            self._raised = True
             raise StoppedError(self.signal.name)
+
+
+def _exit() -> None:
+    sys.stderr.flush()
+    os._exit(EXIT_ENDED)

@@ -43,8 +43,9 @@ def die_with_parent(parent: int | None = None) -> None:
         os._exit(1)
 
 
-def run_rank(config_path: Path, env: RankEnv, agent: int | None = None) -> NoReturn:
-    """Run this rank's part of the frozen config's task and leave the process. agent: our own, None under torchrun."""
+def run_rank(config_path: Path, env: RankEnv, agent: int | None = None, stop: StopRequest | None = None) -> NoReturn:
+    """Run this rank's part of the frozen config's task and leave the process. agent: our own; under torchrun None, and
+    `stop` listens already."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every rank; each just goes
     run_dir = config_path.parent
@@ -53,9 +54,10 @@ def run_rank(config_path: Path, env: RankEnv, agent: int | None = None) -> NoRet
         silence(log)
     log_to_file(log, env.rank)
     stacks_on_signal(log)
-    stop = StopRequest()
-    stop.listen(agent)
-    state: dict[str, Any] = {"phase": "import", "stop": stop}
+    stop = stop or StopRequest()
+    if agent is not None:
+        stop.listen(agent)
+    state: dict[str, Any] = {"phase": "import", "stop": stop, "agent": agent, "run_dir": run_dir}
     code = 0
     try:
         _run_task(freeze.load(config_path), env, state)
@@ -85,12 +87,14 @@ def _run_task(config: Config, env: RankEnv, state: dict[str, Any]) -> None:
     from wan_dist.pipeline.decode import decode
     from wan_dist.pipeline.generate import generate
 
+    pulse = Pulse(pulse_store(agent_store(_CONNECT_S), env.run_id), env.rank)
     if config.task == "bench":
+        pulse.close()  # it is not judged: each kind has a progress of its own
         bench.run(config, env, device)
         return
-    pulse = Pulse(pulse_store(agent_store(_CONNECT_S), env.run_id), env.rank)
     pulse.allow(stall_limits(config.runtime.stall_timeout_s, seconds={}))
     _import_the_rest(config, env)
+    state["stop"].begin(lambda: another_failed(state["run_dir"]))
     if device.type == "cpu":
         return_large_tensors_at_once()
     state["config"] = config
@@ -133,9 +137,6 @@ def _import_the_rest(config: Config, env: RankEnv) -> None:
 def _record_end(error: BaseException, env: RankEnv, config_path: Path, log: Path, state: dict[str, Any]) -> int:
     """Put why this rank ends where the agent (our own, or torchrun's) finds it, and into this rank's log; returns the
     exit code."""
-    from wan_dist.distributed.collectives import PeerLostError
-    from wan_dist.loading.tensor_files import RemoteCheckpointError
-
     stop: StopRequest = state["stop"]
     stop.leave()
     report = state.get("report")
@@ -146,7 +147,13 @@ def _record_end(error: BaseException, env: RankEnv, config_path: Path, log: Path
         logger.info("%s; saved: %s of %s steps", error, error.saved, error.steps)
         account |= {"stopped": True, "signal": error.signal, "saved": error.saved, "steps": error.steps}
         _leave_account(account, config_path.parent, str(error))
+        if state["agent"] is None and env.rank == 0:  # torchrun shows its own stack, and nothing else
+            told = f"{error}; saved: {error.saved or 0} of {error.steps} steps, for output.resume=auto"
+            _try(lambda: print(f"wan-dist: {told}", file=sys.stderr, flush=True))
         return EXIT_STOPPED
+    from wan_dist.distributed.collectives import PeerLostError
+    from wan_dist.loading.tensor_files import RemoteCheckpointError
+
     consequence = isinstance(error, (PeerLostError, RemoteCheckpointError))
     if consequence:
         # Another rank failed first; its agent is about to end this one. Only if none does is this the failure.
@@ -188,6 +195,16 @@ def _failure(error: BaseException, env: RankEnv, config_path: Path, log: Path, s
         "expected": (isinstance(error, (CheckpointError, RefusedError)) or of_disk) and not out_of_memory,
         "refused": isinstance(error, RefusedError),
     }
+
+
+def another_failed(run_dir: Path) -> bool:
+    """Whether a rank has left the account of a failure, and not only of a stop or of what another one's led to."""
+    for file in run_dir.glob("failure.rank*.json"):
+        with suppress(OSError, ValueError):
+            account = json.loads(file.read_text())
+            if not account.get("stopped") and not account.get("consequence"):
+                return True
+    return False
 
 
 def _leave_account(account: dict[str, Any], run_dir: Path, message: str) -> None:

@@ -13,6 +13,7 @@ from wan_dist.cli.overrides import check_overrides
 from wan_dist.output.record import RankReport
 from wan_dist.pipeline import generate as generation
 from wan_dist.pipeline import video as writing
+from wan_dist.stop import StopRequest
 
 
 def out_of_memory(*_args, **_kwargs):
@@ -29,7 +30,7 @@ def failing(env, config_path: str, phase: str) -> dict:
 
     path = Path(config_path)
     config, report = freeze.load(path), RankReport(env, torch.device("cpu"))
-    state = {"phase": "import", "config": config, "report": report}
+    state = {"phase": "import", "config": config, "report": report, "stop": StopRequest()}
     fault = {
         "denoise": (generation, "denoise", out_of_memory),
         "decode": (writing, "decode_frames", out_of_memory_at_the_first_frame),
@@ -39,7 +40,7 @@ def failing(env, config_path: str, phase: str) -> dict:
         try:
             generation.generate(config, env, torch.device("cpu"), report)
         except torch.OutOfMemoryError as error:
-            worker._record_failure(error, env, path, path.parent / "rank0.log", state)
+            assert worker._record_end(error, env, path, path.parent / "rank0.log", state) == 1
     return json.loads((path.parent / f"failure.rank{env.rank}.json").read_text())
 
 

@@ -1,6 +1,7 @@
 """A checkpoint's JSON files: what they say, what is wrong with them, and the fingerprint made of them."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -113,6 +114,16 @@ def test_any_other_architecture_has_another_fingerprint(copy, change):
     else:
         file = copy / {"config": "vae/config.json", "scheduler": "scheduler/scheduler_config.json"}[change]
         file.write_text(json.dumps({**json.loads(file.read_text()), "extra": 1}))
+    assert fingerprint(open_checkpoint(copy)) != before
+
+
+def test_other_weights_of_the_same_shapes_have_another_fingerprint(copy, checkpoints):
+    before = fingerprint(open_checkpoint(copy))
+    assert fingerprint(open_checkpoint(checkpoints(seed=2))) != fingerprint(open_checkpoint(checkpoints(seed=3)))
+    weights = (copy / TRANSFORMER).read_bytes()
+    middle, length = len(weights) // 2, len(weights) // 10  # no sample of the file misses as much
+    noise = random.Random(0).randbytes(length)
+    (copy / TRANSFORMER).write_bytes(weights[:middle] + noise + weights[middle + length :])
     assert fingerprint(open_checkpoint(copy)) != before
 
 

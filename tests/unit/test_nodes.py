@@ -1,11 +1,14 @@
 """Which node of a run this is: by `launch.*`, by Slurm's variables; what nodes agree on before ranks start."""
 
+import socket
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from wan_dist.agent import line, nodes
 from wan_dist.agent.nodes import Meeting, Node, find_node, interface_towards, slurm_address
 from wan_dist.config.schema import LaunchConfig, ParallelismConfig
 from wan_dist.planning.degrees import choose_degrees
@@ -114,24 +117,90 @@ def test_nodes_take_over_the_first_ones_word_and_hear_all_answers():
     def second():
         other = Meeting(Node(1, 2, "127.0.0.1", first.port))
         heard["words"] = [other.first_says("mine") for _ in range(2)]
-        heard["answers"] = other.answers({"mesh": 2})
+        other.answer({"mesh": 2})
+        heard["answers"] = other.answers()
 
     thread = threading.Thread(target=second)
     thread.start()
     assert [first.first_says(word) for word in ("one", "two")] == ["one", "two"]
-    answers = first.answers({"mesh": 1})
+    first.answer({"mesh": 1})
+    answers = first.answers()
     thread.join(10)
     assert answers == heard["answers"] == [{"mesh": 1}, {"mesh": 2}]
     assert heard["words"] == ["one", "two"]
 
 
 def test_a_port_that_is_taken_is_refused():
-    taken = Meeting(Node(0, 1, "127.0.0.1", 0))
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(RefusedError, match=r"launch\.port"):
         Meeting(Node(0, 1, "127.0.0.1", server.getsockname()[1]))
-    assert taken.first_says("word") == "word" and taken.answers({"mesh": 1}) == [{"mesh": 1}]
+
+
+def test_a_number_that_another_node_has_is_refused():
+    first = Meeting(Node(0, 3, "127.0.0.1", 0))
+    first.store.set("wan_dist/node/1", "host9, process 7")
+    with pytest.raises(RefusedError, match=r"launch\.node_rank=1: another wan-dist .*host9, process 7"):
+        Meeting(Node(1, 3, "127.0.0.1", first.port))
+
+
+def test_something_else_that_answers_at_the_head_is_refused(monkeypatch):
+    monkeypatch.setattr(nodes, "_ANSWER_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(RefusedError, match="something else answers"):
+        Meeting(Node(1, 2, "127.0.0.1", server.getsockname()[1]))
+
+
+class TestTheLine:
+    @pytest.fixture
+    def lines(self, monkeypatch):
+        """Those of two nodes, with a clock of their own: a beat every 20 ms."""
+        from torch import distributed as dist
+
+        monkeypatch.setattr(line, "BEAT_S", 0.02)
+        monkeypatch.setattr(line, "SILENT_S", 0.4)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        both = [line.Line(store, rank, 2) for rank in range(2)]
+        for one in both:
+            one.begin(1)
+        wait(lambda: all(one.joined == {0, 1} for one in both))
+        return both
+
+    def test_a_request_to_stop_is_heard(self, lines):
+        lines[1].asked = "SIGTERM"
+        wait(lambda: lines[0].heard == "SIGTERM")
+        assert lines[0].lost is None
+
+    def test_what_was_asked_of_an_earlier_job_is_past(self, lines):
+        lines[1].asked = "SIGTERM"
+        wait(lambda: lines[0].heard is not None)
+        for one in lines:
+            one.begin(2)
+        time.sleep(0.1)
+        assert lines[0].heard is None
+
+    def test_a_failure_is_heard_and_is_the_jobs(self, lines):
+        lines[0].fail()
+        wait(lambda: lines[1].lost is not None)
+        assert lines[1].lost == "node 0 has failed; its own output says why"
+        for one in lines:
+            one.begin(2)
+        time.sleep(0.1)
+        assert lines[1].lost is None
+
+    def test_a_silent_node_is_gone(self, lines, monkeypatch):
+        monkeypatch.setattr(lines[1], "_hear", lambda *_: time.sleep(3600))  # its thread beats no more
+        assert lines[0].wait_for_loss().startswith("node 1 is gone")
+
+    def test_one_node_has_nobody_to_lose(self):
+        alone = line.Line(None, 0, 1)
+        alone.begin(1)
+        alone.fail()
+        assert alone.wait_for_loss() is None and alone.lost is None
+
+
+def wait(condition, seconds: float = 5) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_head_that_no_one_knows_is_refused():

@@ -188,7 +188,10 @@ def test_one_never_reports():
 
 
 def test_nobody_reports():
-    assert Ranks(2, present=[]).after(1000) is None
+    assert Ranks(2, present=[]).after(500) is None
+    stall = Ranks(2, present=[]).after(1000)
+    assert [suspect.rank for suspect in stall.suspects] == [0, 1]
+    assert "has not reported at all" in stall.message()
 
 
 def test_what_is_not_judged():

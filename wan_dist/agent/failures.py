@@ -15,8 +15,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from wan_dist.loading.tensor_files import CheckpointError
 from wan_dist.log import rank_log_path
-from wan_dist.output.names import PLAN_FILE
+from wan_dist.output.identity import describe_state
+from wan_dist.output.names import PLAN_FILE, STATE_FILE
 from wan_dist.topology import EXIT_ENDED
 
 _CRASHES = tuple(-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
@@ -44,15 +46,15 @@ def account_path(run_dir: Path, rank: int) -> Path:
     return run_dir / f"failure.rank{rank}.json"
 
 
-def collect(run_dir: Path, ended: dict[int, int]) -> list[RankFailure]:
+def collect(run_dir: Path, ended: dict[int, int], request: signal.Signals | None = None) -> list[RankFailure]:
     """The failures of this node's ranks (rank -> exit code), and those that other nodes have told of. A rank of ours
-    that left no account gets one, for the other nodes."""
+    that left no account gets one, for the other nodes. request: the stop signal that was passed on."""
     mine = []
     for rank, code in ended.items():
         failure = _read(account_path(run_dir, rank), rank, code)
         mine.append(failure)
-        if failure.account is None and code not in _ENDED:
-            _tell(run_dir, failure)
+        if failure.account is None and (code not in _ENDED or request is not None):
+            _tell(run_dir, failure, request)
     others = [_rank_of(file) for file in sorted(run_dir.glob("failure.rank*.json"))]
     return mine + [_read(account_path(run_dir, rank), rank, 1) for rank in others if rank not in ended]
 
@@ -71,8 +73,12 @@ def _read(file: Path, rank: int, exit_code: int) -> RankFailure:
     return RankFailure(rank, exit_code, account, account["host"])
 
 
-def _tell(run_dir: Path, failure: RankFailure) -> None:
-    account = {"rank": failure.rank, "host": failure.host, "exit_code": failure.exit_code, "time": time.time()}
+def _tell(run_dir: Path, failure: RankFailure, request: signal.Signals | None) -> None:
+    account: dict[str, Any] = {"rank": failure.rank, "host": failure.host, "time": time.time()}
+    if failure.exit_code in _ENDED and request is not None:  # it was not listening yet
+        account |= {"stopped": True, "signal": request.name, "saved": None, "steps": 0}
+    else:
+        account["exit_code"] = failure.exit_code
     file = account_path(run_dir, failure.rank)
     try:
         file.write_text(json.dumps(account))
@@ -109,13 +115,24 @@ def describe_stop(failures: list[RankFailure], request: signal.Signals | None, r
     """`stopped by SIGTERM after step 7 of 20; ...`: what was done, and how to go on. run_dir: in the output folder."""
     accounts = [f.account for f in failures if f.stopped and f.account is not None]
     saved = next((account for account in accounts if account.get("saved") is not None), None)
-    name = request.name if request is not None else accounts[0]["signal"]
-    if saved is None:
+    names = [account["signal"] for account in accounts if account["signal"] in signal.Signals.__members__]
+    name = request.name if request is not None else next(iter(names), "a signal")
+    done, steps = (saved["saved"], saved["steps"]) if saved is not None else _state_on_disk(run_dir)
+    if not steps:
         return f"stopped by {name} before the first step; nothing was to be saved"
-    done, steps = saved["saved"], saved["steps"]
     what = "after the last step" if done == steps else f"after step {done} of {steps}"
     how = shlex.join(["output.resume=auto", f"output.dir={run_dir.parents[1]}"])
     return f"stopped by {name} {what}; its state is saved, and the same command goes on from there with: {how}"
+
+
+def _state_on_disk(run_dir: Path) -> tuple[int, int]:
+    """Steps done, and of how many, of the state that an earlier stop of this run has left; zeros where there is none
+    that could be used."""
+    try:
+        state = describe_state(run_dir / STATE_FILE)
+    except CheckpointError:
+        return 0, 0
+    return state.steps_done, state.steps
 
 
 def describe(failure: RankFailure, run_dir: Path, *, elsewhere: bool = False) -> str:
@@ -130,6 +147,9 @@ def describe(failure: RankFailure, run_dir: Path, *, elsewhere: bool = False) ->
             end += " (out of memory?)" + _planned(run_dir)
         return f"{who} ended without an account: {end}{_last_lines(log)}\nits log: {log}"
     step = f", {account['step']}" if account.get("step") else ""
+    if account.get("consequence"):
+        lost = f"lost another rank in phase {account['phase']}{step}: it, or its node, is gone"
+        return f"{who} {lost}\nits log: {account['log']}"
     head = f"{who} failed in phase {account['phase']}{step}"
     if account["expected"] or elsewhere:
         return f"{head}: {account['message']}\nits log: {account['log']}"

@@ -5,16 +5,14 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from wan_dist.agent.failures import collect, describe, describe_stop, root_cause, stopped_by_request
 from wan_dist.agent.nodes import Meeting, interface_towards
-from wan_dist.agent.watchdog import Stall, Watchdog
-from wan_dist.output.pulse import pulse_store
+from wan_dist.agent.supervision import Supervision
 from wan_dist.topology import EXIT_ENDED, STOP_SIGNALS, threads_per_rank
 
 _SHUTDOWN_S = 5  # after Ctrl-C, ranks that ignore it are killed
@@ -38,10 +36,11 @@ class StoppedRunError(InterruptedRunError):
     """The run was asked to stop, and has: nothing that it did is lost."""
 
 
-def launch(config_path: Path, ranks: int, meeting: Meeting, job: str) -> None:
+def launch(config_path: Path, ranks: int, meeting: Meeting, job: str) -> signal.Signals | None:
     """Run `python -m wan_dist.worker` on `ranks` ranks of this node until all are done, here and on the other nodes.
 
-    job: the run's name among those of this meeting, the same on all nodes. Raises RunFailedError with the first
+    job: the run's name among those of this meeting, the same on all nodes. Returns the signal that asked for a stop, if
+    one did and the run was complete all the same. Raises RunFailedError with the first
     failure's account, StoppedRunError after a stop that was asked for, InterruptedRunError after another signal; no
     rank of this node is left then.
     """
@@ -66,13 +65,8 @@ def launch(config_path: Path, ranks: int, meeting: Meeting, job: str) -> None:
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
     ended: dict[int, int] = {}
-    stalls: list[Stall] = []
-    with (
-        environment(**_rank_variables(ranks, meeting)),
-        _signal_handlers_kept(),
-        _stops_passed_on() as asked,
-        _watched(pulse_store(meeting.store, job), ranks * node.count, stalls),
-    ):
+    supervision = Supervision(meeting, job, ranks * node.count)
+    with environment(**_rank_variables(ranks, meeting)), _signal_handlers_kept(), supervision:
         try:  # -P: a file in the user's folder must not be imported in place of a library
             worker = ("-P", "-u", "-m", "wan_dist.worker", str(config_path), str(os.getpid()))
             elastic_launch(launch_config, sys.executable)(*worker)
@@ -80,25 +74,13 @@ def launch(config_path: Path, ranks: int, meeting: Meeting, job: str) -> None:
             ended = exit_codes(error.failures)
         except SignalException as error:
             raise InterruptedRunError(f"stopped by {signal.Signals(error.sigval).name}") from None
-    if stalls:
-        raise RunFailedError(stalls[0].message(config_path.parent))
     if ended:
-        _tell(config_path.parent, ended, asked.number)
-
-
-@contextmanager
-def _watched(store: Any, ranks: int, stalls: list[Stall]) -> Iterator[None]:
-    """While no rank of the run makes progress for too long: the stall is put into `stalls`, this node's ranks end."""
-
-    def end(stall: Stall) -> None:
-        stalls.append(stall)
-        signal_ranks(signal.SIGKILL)
-
-    watchdog = Watchdog(store, ranks, local_pids=rank_pids, on_stall=end)
-    try:
-        yield
-    finally:
-        watchdog.close()
+        try:
+            _tell(config_path.parent, ended, supervision, meeting)
+        except RunFailedError:
+            meeting.line.fail()
+            raise
+    return supervision.asked
 
 
 def exit_codes(failures: Mapping[int, Any]) -> dict[int, int]:
@@ -110,12 +92,20 @@ def exit_codes(failures: Mapping[int, Any]) -> dict[int, int]:
     return {rank: EXIT_ENDED if rank in killed else failure.exitcode for rank, failure in failures.items()}
 
 
-def _tell(run_dir: Path, ended: dict[int, int], asked: signal.Signals | None) -> None:
+def _tell(run_dir: Path, ended: dict[int, int], supervision: Supervision, meeting: Meeting) -> None:
     """Raise what the ends of this node's ranks mean for the run."""
-    failures = collect(run_dir, ended)
+    asked = supervision.asked
+    if supervision.stall is not None:
+        raise RunFailedError(supervision.stall.message(run_dir))
+    failures = collect(run_dir, dict.fromkeys(ended, EXIT_ENDED) if supervision.ended else ended, asked)
     if stopped_by_request(failures, asked):
         raise StoppedRunError(describe_stop(failures, asked, run_dir))
     cause = root_cause(failures)
+    lost = supervision.lost
+    if lost is None and cause.account is not None and cause.account.get("consequence"):
+        lost = meeting.line.wait_for_loss()  # which takes longer to be sure of
+    if lost is not None and cause.rank in ended:  # the others' accounts are not to be had here
+        raise RunFailedError(f"{lost}; this node's ranks have ended with it")
     refused = cause.account is not None and cause.account.get("refused")
     told = describe(cause, run_dir, elsewhere=cause.rank not in ended)
     raise (RunRefusedError if refused else RunFailedError)(told)
@@ -125,59 +115,6 @@ def ending_signals() -> list[signal.Signals]:
     """The signals that end a run at once: SIGHUP is not one of them under `nohup`, which has it ignored."""
     numbers = [signal.SIGINT, signal.SIGQUIT]
     return numbers if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*numbers, signal.SIGHUP]
-
-
-class _Asked:
-    """The stop signal that this agent has received, if any."""
-
-    number: signal.Signals | None = None
-
-
-@contextmanager
-def _stops_passed_on() -> Iterator[_Asked]:
-    """While ranks live, SIGTERM and SIGUSR1 are theirs: each is told, by SIGUSR1 (the agent's SIGTERM means their end),
-    until all have ended, since some may not be there yet, and being told twice means nothing to them."""
-    asked, over = _Asked(), threading.Event()
-
-    def ask(number: int, _frame: Any) -> None:
-        asked.number = asked.number or signal.Signals(number)
-
-    def pass_on() -> None:
-        while not over.wait(0.05):
-            if asked.number is not None:
-                signal_ranks(signal.SIGUSR1)
-                over.wait(0.5)
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, ask)
-    thread = threading.Thread(target=pass_on, name="stop signals", daemon=True)
-    thread.start()
-    try:
-        yield asked
-    finally:
-        over.set()
-        thread.join()
-
-
-def signal_ranks(number: signal.Signals) -> None:
-    """Send a signal to every rank of this node."""
-    for pid in rank_pids():
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def rank_pids() -> list[int]:
-    """The processes of this node's ranks."""
-    import psutil
-
-    found = []
-    for child in psutil.Process().children():
-        try:
-            if "wan_dist.worker" in child.cmdline():
-                found.append(child.pid)
-        except psutil.Error:  # it ended meanwhile
-            pass
-    return found
 
 
 def _quieten_torch() -> None:

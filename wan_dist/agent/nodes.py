@@ -5,15 +5,18 @@ use as well; a run on one node has one of its own.
 """
 
 import json
+import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
+from wan_dist.agent.line import Line
 from wan_dist.config.schema import LaunchConfig
 from wan_dist.planning.refusal import Refusal, RefusedError
 from wan_dist.topology import SlurmStep
@@ -23,6 +26,7 @@ DEFAULT_PORT = 29500  # torchrun's own
 _SLURM_PORTS = (20000, 12000)
 _LOOPBACK = "127.0.0.1"
 _MEET_S = 600.0  # people type at several terminals; Slurm starts a step's tasks together
+_ANSWER_S = 30.0  # a store that is there answers at once
 _TELL_S = 5.0  # of waiting, before the user is told for whom
 _POLL_S = 0.05  # waiting inside the store's own calls would leave signals unheard
 
@@ -80,9 +84,9 @@ def _launch_refusals(launch: LaunchConfig) -> list[Refusal]:
             found.append(Refusal("launch.head", None, why, "give node 0's host name or address, on every node"))
     elif launch.head is not None:
         found.append(Refusal("launch.head", launch.head, "this run has one node", "give launch.nodes, or leave it out"))
-    if launch.node_rank is not None and launch.node_rank >= launch.nodes >= 1:
+    if launch.node_rank is not None and not 0 <= launch.node_rank < max(1, launch.nodes):
         why = f"launch.nodes is {launch.nodes}"
-        found.append(Refusal("launch.node_rank", launch.node_rank, why, f"use 0 to {launch.nodes - 1}"))
+        found.append(Refusal("launch.node_rank", launch.node_rank, why, f"use 0 to {max(1, launch.nodes) - 1}"))
     return found
 
 
@@ -110,29 +114,25 @@ class Meeting:
     """
 
     def __init__(self, node: Node) -> None:
-        from torch import distributed as dist
 
         self.node = node
-        first = node.rank == 0
-        if not first:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a peer that leaves is told of by us, once
+        if node.rank != 0:
             _wait_for_server(node)
-        try:
-            self.store = dist.TCPStore(
-                node.head,
-                node.port,
-                is_master=first,
-                wait_for_workers=False,
-                multi_tenant=True,  # torchrun's rendezvous serves the same one
-                timeout=timedelta(seconds=60),
-            )
-        except (RuntimeError, ValueError) as error:
-            _refuse_meeting(node, error)
+        self.store = _open_store(node)
+        me = f"{socket.gethostname()}, process {os.getpid()}"
+        other = self.store.compare_set(f"wan_dist/node/{node.rank}", "", me).decode()
+        if other != me:
+            why = f"another wan-dist has that number ({other})"
+            raise RefusedError([Refusal("launch.node_rank", node.rank, why, "give each node a number of its own")])
         self.port: int = self.store.port
+        self.line = Line(self.store, node.rank, node.count)
         self._job = 0
 
     def first_says(self, word: str) -> str:
         """Node 0's word, on every node; each call begins another job."""
         self._job += 1
+        self.line.begin(self._job)
         if self.node.count == 1:
             return word
         key = f"wan_dist/first/{self._job}"
@@ -140,26 +140,68 @@ class Meeting:
             self.store.set(key, word)
         return self._wait_for(key, 0)
 
-    def answers(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
-        """What each node has to say of the present job, in node order; waits until all have."""
-        if self.node.count == 1:
-            return [mine]
-        keys = [f"wan_dist/answer/{self._job}/{node}" for node in range(self.node.count)]
-        self.store.set(keys[self.node.rank], json.dumps(mine))
-        return [json.loads(self._wait_for(key, node)) for node, key in enumerate(keys)]
+    def answer(self, mine: dict[str, Any]) -> None:
+        """What this node has to say of the present job."""
+        self.store.set(self._answer_key(self.node.rank), json.dumps(mine))
+
+    def answers(self) -> list[dict[str, Any]]:
+        """What each node has to say of it, in node order; waits until all have."""
+        return [json.loads(self._wait_for(self._answer_key(node), node)) for node in range(self.node.count)]
+
+    def _answer_key(self, node: int) -> str:
+        return f"wan_dist/answer/{self._job}/{node}"
 
     def _wait_for(self, key: str, node: int) -> str:
-        """The word that a node leaves under `key`, however long it takes: it may fetch a large checkpoint first."""
+        """The word that a node leaves under `key`, however long it takes while it lives: it may fetch a checkpoint."""
         told, start = False, time.monotonic()
         try:
             while not self.store.check([key]):
-                if not told and time.monotonic() - start > _TELL_S:
+                waited = time.monotonic() - start
+                if self.line.lost is not None:
+                    raise LostNodeError(self.line.lost)
+                if waited > _MEET_S and node not in self.line.joined:
+                    raise LostNodeError(f"node {node} has not come in {_MEET_S:.0f} s")
+                if not told and waited > _TELL_S:
                     print(f"wan-dist: waiting for node {node}", file=sys.stderr, flush=True)
                     told = True
                 time.sleep(_POLL_S)
             return self.store.get(key).decode()
+        except LostNodeError:
+            raise
         except RuntimeError as error:
-            raise LostNodeError("node 0 left before the ranks were started; its own terminal says why") from error
+            raise LostNodeError("node 0 left before the ranks were started; its own output says why") from error
+
+
+def _open_store(node: Node) -> Any:
+    """torch's TCPStore, made in a thread: it would not hear signals, and wait for ever where something else answers."""
+    from torch import distributed as dist
+
+    made: list[Any] = []
+
+    def make() -> None:
+        try:
+            made.append(
+                dist.TCPStore(
+                    node.head,
+                    node.port,
+                    is_master=node.rank == 0,
+                    wait_for_workers=False,
+                    multi_tenant=True,  # torchrun's rendezvous serves the same one
+                    timeout=timedelta(seconds=_ANSWER_S),
+                )
+            )
+        except (RuntimeError, ValueError) as error:
+            made.append(error)
+
+    threading.Thread(target=make, name="store", daemon=True).start()
+    start = time.monotonic()
+    while not made and time.monotonic() - start < _ANSWER_S:
+        time.sleep(_POLL_S / 10)
+    if not made:
+        _refuse_meeting(node, TimeoutError("something else answers there"))
+    if isinstance(made[0], Exception):
+        _refuse_meeting(node, made[0])
+    return made[0]
 
 
 class LostNodeError(RuntimeError):
@@ -187,7 +229,8 @@ def _refuse_meeting(node: Node, error: Exception) -> NoReturn:
     where, reason = f"{node.head}:{node.port}", str(error).splitlines()[0]
     why, remedy = f"no node 0 at {where} ({reason})", "start node 0; check launch.head and launch.port"
     if node.rank == 0:
-        why, remedy = f"this node cannot serve {where} ({reason})", "use another launch.port, or node 0's own address"
+        why = f"this node cannot serve {where} ({reason})"
+        remedy = "use node 0's own address and a free launch.port; another wan-dist may be node 0 already"
     raise RefusedError([Refusal("launch.head", node.head, why, remedy)]) from error
 
 

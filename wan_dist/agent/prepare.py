@@ -106,6 +106,8 @@ def check(config: Config, invocation: Invocation) -> Checked:
             found += more
             config = resolved
     found += _place(config, invocation, heads, guided, checkpoint if not found else None)
+    if config.task != "plan" and config.runtime.ranks is not None and config.runtime.ranks > 0:
+        found += rules.node_refusals(config.runtime.ranks, invocation.nodes)
     if config.task in ("generate", "decode", "plan"):
         found += contradictions(config, checkpoint)
     if checkpoint is not None and not found and config.task in ("generate", "decode"):
@@ -290,7 +292,6 @@ def _mesh(
     degrees, found = choose_degrees(
         parallelism, ranks, guided=guided, source=source, heads=min(heads, default=0), ranks_per_node=local_ranks
     )
-    found += rules.node_refusals(ranks, invocation.nodes)
     if world and runtime.ranks not in (None, world):
         found.append(
             Refusal("runtime.ranks", runtime.ranks, f"torchrun started {world}", "leave it out under torchrun")

@@ -18,6 +18,7 @@ from typing import Any
 
 from wan_dist.log import logger
 from wan_dist.output.pulse import DONE, STACKS_SIGNAL, Heartbeat, pulse_key
+from wan_dist.planning.patience import START_S
 
 _SILENT_S, _SILENT_INTERVALS = 3.0, 6  # a rank that has not published for longer than both does not respond
 _FRESH_INTERVALS = 2  # one that has published within these does
@@ -140,6 +141,8 @@ def judge(seen: Seen, now: float, process_state: ProcessState = lambda _heartbea
     """
     at_work = seen.at_work
     limit = _limit(seen, now)
+    if not seen.by_rank and now > START_S:
+        return Stall(now, tuple(_unreported(seen)))
     if not at_work or limit is None:
         return None
     quiet = now - max(sighting.marked_at for sighting in seen.by_rank.values())
@@ -156,12 +159,14 @@ def judge(seen: Seen, now: float, process_state: ProcessState = lambda _heartbea
         return None
     silent = [s for s in at_work if seen.is_silent(s, now) or s.heartbeat.rank in stopped]
     suspects = [_suspect(s.heartbeat, _no_answer(states[s.heartbeat.rank])) for s in silent]
-    suspects += [
-        Suspect(rank, None, None, "start", 0, 0, "has not reported at all: it is still starting, or cannot")
-        for rank in range(seen.world_size)
-        if rank not in seen.by_rank
-    ]
+    suspects += _unreported(seen)
     return Stall(quiet, tuple(suspects or _slowest([sighting.heartbeat for sighting in at_work])))
+
+
+def _unreported(seen: Seen) -> list[Suspect]:
+    why = "has not reported at all: it is still starting, or cannot"
+    ranks = (rank for rank in range(seen.world_size) if rank not in seen.by_rank)
+    return [Suspect(rank, None, None, "start", 0, 0, why) for rank in ranks]
 
 
 def _limit(seen: Seen, now: float) -> float | None:

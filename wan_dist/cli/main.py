@@ -5,6 +5,8 @@ Exit codes: 0; 2 for a config that cannot run, before any rank starts; 1 for a f
 for (SIGTERM, SIGUSR1), with the state saved.
 """
 
+import json
+import logging
 import os
 import signal
 import sys
@@ -27,10 +29,10 @@ from wan_dist.agent.plan import show_plan
 from wan_dist.agent.prepare import Checked, Invocation, check, freeze_run, run_id
 from wan_dist.cli.compose import FAILED, REFUSED, compose_and_run
 from wan_dist.cli.free_text import is_multirun
-from wan_dist.config.schema import Config
+from wan_dist.config.schema import Config, leaves
 from wan_dist.output.kept_latents import how_to_decode
-from wan_dist.planning.degrees import degrees_of
 from wan_dist.planning.refusal import Refusal, RefusedError
+from wan_dist.stop import StopRequest
 from wan_dist.topology import EXIT_STOPPED, STOP_SIGNALS, RankEnv, rank_env, slurm_step
 
 _CONNECT_S = 20
@@ -46,13 +48,20 @@ def main() -> NoReturn:
             _stop_on_signals()
             jobs = Jobs()
             code = compose_and_run(sys.argv[1:], jobs.run, default_dir=None, world=None, local_ranks=None)
+            _ignore_stops()
         except InterruptedRunError as stop:
-            for number in STOP_SIGNALS:  # asked again, on its way out; Python's own end would take it for a death
-                signal.signal(number, signal.SIG_IGN)
+            _ignore_stops()
             print(f"wan-dist: {stop}", file=sys.stderr)
             code = EXIT_STOPPED if isinstance(stop, StoppedRunError) else FAILED
         sys.exit(code)
     _torchrun_rank(sys.argv[1:], env)
+
+
+def _ignore_stops() -> None:
+    """This process is on its way out, and Python's own end would take a signal for a death."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    logging.getLogger("torch").setLevel(logging.ERROR)  # it counts its caches to Hydra's log at the end
 
 
 class Jobs:
@@ -62,10 +71,13 @@ class Jobs:
         self._written: set[tuple[str, str]] = set()
         self._meeting: Meeting | None = None
         self._count = 0
+        self._asked: signal.Signals | None = None
 
     def run(self, config: Config, invocation: Invocation) -> None:
         """Check and freeze one job, and run this node's ranks of it. Raises RefusedError, RunFailedError,
         InterruptedRunError."""
+        if self._asked is not None:  # in the last moments of the job before this one, which is complete
+            raise StoppedRunError(f"stopped by {self._asked.name} after {self._count} jobs; the others were not begun")
         node = find_node(config.launch, slurm_step(), slurm_address)
         invocation, self._count = replace(invocation, nodes=node.count), self._count + 1
         if config.task == "plan":
@@ -83,7 +95,7 @@ class Jobs:
     def _run_ranks(self, prepared: tuple[Checked, Path], node: Node) -> None:
         checked, frozen = prepared
         try:
-            launch(frozen, checked.ranks // node.count, self._meet(node), f"job{self._count}")
+            self._asked = launch(frozen, checked.ranks // node.count, self._meet(node), f"job{self._count}")
         except RunFailedError as error:
             told, advice = str(error), how_to_decode(frozen)
             raise type(error)(f"{told}\n{advice}" if advice and advice not in told else told) from None
@@ -96,31 +108,47 @@ class Jobs:
     def _prepare_together(self, config: Config, invocation: Invocation, node: Node) -> tuple[Checked, Path]:
         """The same, in the folder that node 0 names; where a node cannot run it, none does."""
         meeting = self._meet(node)
-        folder = Path(meeting.first_says(str(invocation.default_dir)))
-        refusal: RefusedError | None = None
         mine: dict[str, Any]
+        told = json.loads(meeting.first_says(json.dumps({"folder": str(invocation.default_dir), "nodes": node.count})))
+        refusal: RefusedError | None = None
         try:
-            prepared = self._prepare(config, replace(invocation, default_dir=folder), node)
-            mine = {"mesh": degrees_of(prepared[0].config.parallelism)}
+            if told["nodes"] != node.count:
+                why = f"node 0 was given {told['nodes']}"
+                raise RefusedError([Refusal("launch.nodes", node.count, why, "give the same on every node")])
+            prepared = self._prepare(config, replace(invocation, default_dir=Path(told["folder"])), node)
+            mine = {"config": _same_on_all_nodes(prepared[0].config)}
         except RefusedError as error:
             refusal, mine = error, {"refused": str(error)}
-        answers = meeting.answers(mine)
+        meeting.answer(mine)
+        if told["nodes"] != node.count and refusal is not None:
+            raise refusal
+        answers = meeting.answers()
         for number, answer in enumerate(answers):
             told_there = number < node.rank and answer.get("refused") == mine.get("refused")
             if refusal is not None and not told_there:
                 raise refusal
             if "refused" in answer:
-                raise RunRefusedError(f"node {number} cannot run this; its own terminal says why")
-            if answer != mine:
-                raise RunRefusedError(
-                    f"node {number} chose the mesh {answer['mesh']}, this one {mine['mesh']}: give it"
-                )
+                raise RunRefusedError(f"node {number} cannot run this; its own output says why")
+            theirs = answer["config"]
+            found = [
+                Refusal(key, value, f"node {number} has {theirs.get(key)}", "give the same on every node")
+                for key, value in mine["config"].items()
+                if theirs.get(key) != value
+            ]
+            if found:
+                raise RefusedError(found)
         return prepared
 
     def _meet(self, node: Node) -> Meeting:
         if self._meeting is None:
             self._meeting = Meeting(node)
         return self._meeting
+
+
+def _same_on_all_nodes(config: Config) -> dict[str, Any]:
+    """The values of a resolved config that must be, by key, as JSON has them. Where files lie is each node's own."""
+    own = ("launch.node_rank", "model.path", "image", "last_image", "latents", "output.dir")
+    return json.loads(json.dumps({key: value for key, value, _ in leaves(config) if key not in own}))
 
 
 def _show(checked: Checked) -> None:
@@ -145,6 +173,8 @@ def _torchrun_rank(arguments: Sequence[str], env: RankEnv) -> NoReturn:
     from wan_dist.worker import die_with_parent, run_rank
 
     die_with_parent()
+    stop = StopRequest()
+    stop.listen(None)  # before torch makes threads, which would take the signals
     from wan_dist.distributed.process_group import agent_store
 
     store = agent_store(_CONNECT_S)  # torchrun serves it already; if it does not, torchrun is dead
@@ -160,7 +190,7 @@ def _torchrun_rank(arguments: Sequence[str], env: RankEnv) -> NoReturn:
         sys.stderr.flush()
         # The store lives in torchrun's agent, so nobody has to wait for anybody here.
         os._exit(int(answers[refused[0]].removeprefix("exit ")))
-    run_rank(Path(answers[env.node_rank]), env)
+    run_rank(Path(answers[env.node_rank]), env, stop=stop)
 
 
 def _answer_key(node: int) -> str:

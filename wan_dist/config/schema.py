@@ -124,7 +124,7 @@ class RuntimeConfig:
     vae_channels_last: str = one_of("auto", "auto", "on", "off")
     ranks: int | None = at_least(None, 1)
     timeout_s: float = at_least(600.0, 0, 1e6, above=True)
-    stall_timeout_s: float | None = at_least(None, 0, above=True)
+    stall_timeout_s: float | None = at_least(None, 1, 1e6)  # ranks report twice a second
     compile: bool = False
     attention: str = one_of("auto", "auto", "flash", "efficient", "cudnn", "math")
     profile: bool = False

@@ -17,6 +17,7 @@ from wan_dist.loading.tensor_files import CheckpointError
 from wan_dist.loading.weights import on_every_rank
 from wan_dist.log import logger
 from wan_dist.offload.host_blocks import machine_identity
+from wan_dist.output.identity import differences, run_identity
 from wan_dist.output.memory import host_to_device_rate
 from wan_dist.output.names import PLAN_FILE, run_folder
 from wan_dist.output.record import RankReport
@@ -50,7 +51,7 @@ def agreed_plan(config: Config, checkpoint: Checkpoint, task: Task, mesh: Mesh, 
     if device.type == "cuda" and config.plan.host_gb_s is None and any(p.streaming for p in plan.placements):
         measured = min(gather_objects(mesh.world, host_to_device_rate(device)))
         plan = place_or_refuse(config, work_for, replace(machine, host_bytes_per_s=measured))
-    _check_agreement(mesh, (degrees, plan.digest()), checkpoint)
+    _check_agreement(mesh, (degrees, plan.digest(), run_identity(config, "")), checkpoint)
     expected = phase_seconds(config, checkpoint, task, machine, degrees=degrees, work=work_for(config), plan=plan)
     report.pulse.allow(stall_limits(config.runtime.stall_timeout_s, seconds=expected))
     for placement in plan.placements:
@@ -61,10 +62,12 @@ def agreed_plan(config: Config, checkpoint: Checkpoint, task: Task, mesh: Mesh, 
     return plan
 
 
-def _check_agreement(mesh: Mesh, mine: tuple[dict[str, int], str], checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError on every rank where one has another mesh or plan than rank 0."""
+def _check_agreement(mesh: Mesh, mine: tuple[dict[str, int], str, dict[str, Any]], checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError on every rank where one has another request, mesh or plan than rank 0."""
     everyone = gather_objects(mesh.world, mine)
-    for rank, (degrees, digest) in enumerate(everyone):
+    for rank, (degrees, digest, request) in enumerate(everyone):
+        if found := differences(everyone[0][2], request):
+            raise CheckpointError(f"rank {rank} was told another request than rank 0: there {', '.join(found)}")
         if degrees != everyone[0][0]:
             raise CheckpointError(f"rank {rank} was told the mesh {degrees}, rank 0 {everyone[0][0]}: give the degrees")
         if digest != everyone[0][1]:

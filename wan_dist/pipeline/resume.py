@@ -5,7 +5,8 @@ ranks there are, and in which mesh, is no part of the state.
 """
 
 import sys
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from wan_dist.distributed.collectives import any_rank, broadcast, gather_objects, wait_for_first
 from wan_dist.loading.checkpoint import fingerprint
 from wan_dist.loading.tensor_files import CheckpointError
-from wan_dist.loading.weights import on_every_rank
+from wan_dist.loading.weights import from_files, on_every_rank
 from wan_dist.log import logger
 from wan_dist.output.identity import differences, read_identity, run_identity
 from wan_dist.output.names import STATE_FILE, run_folder, temporary_path
@@ -23,6 +24,8 @@ from wan_dist.output.state import DenoisingState, StateWriter, read_state
 from wan_dist.pipeline.run import Run
 from wan_dist.sampling.solver_state import SolverState, restore_solver, solver_state
 from wan_dist.stop import StoppedError, StopRequest
+
+_FLUSH_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,7 @@ def read_start(run: Run, scheduler: Any) -> Start:
     """The state that an earlier run of this name left, put into `scheduler`; the beginning where there is none, or none
     is asked for. Raises CheckpointError, on every rank, where it is not this run's."""
     world = run.mesh.world
-    wanted = run.config.output.resume == "auto"
-    state = on_every_rank(world, lambda: _read(run) if wanted and run.is_first else None)
+    state = on_every_rank(world, lambda: _read(run) if run.is_first else None)
     told = gather_objects(world, None if state is None else _told(state))[0]
     if told is None:
         return Start()
@@ -56,7 +58,7 @@ def read_start(run: Run, scheduler: Any) -> Start:
     latents, done = tensors.pop("latents"), told["steps_done"]
     if done < len(run.schedule):
         solver = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
-        restore_solver(scheduler, SolverState(solver, told["numbers"]["solver"]))
+        from_files(state_path(run), lambda: restore_solver(scheduler, SolverState(solver, told["numbers"]["solver"])))
     run.report.steps.extend(told["numbers"]["step_seconds"])
     logger.info("resumed at step %d of %d", done, len(run.schedule))
     if run.is_first:
@@ -65,13 +67,23 @@ def read_start(run: Run, scheduler: Any) -> Start:
 
 
 def _read(run: Run) -> DenoisingState | None:
-    file = state_path(run)
-    if not file.exists():
+    file, wanted = state_path(run), run.config.output.resume == "auto"
+    if wanted != file.exists():
+        what = f"nothing to resume in {file.parent}; beginning at the first step"
+        if not wanted:
+            what = f"{file} is not gone on from (output.resume=auto), and will be replaced"
+        print(f"wan-dist: {what}", file=sys.stderr, flush=True)
+    if not wanted or not file.exists():
         return None
     found = differences(read_identity(file), run_identity(run.config, fingerprint(run.checkpoint)))
     if found:
         raise CheckpointError(f"{file}: the saved state is that of another run: {', '.join(found)}")
-    return read_state(file)
+    state = read_state(file)
+    try:
+        numbers = {"solver": dict(state.numbers["solver"]), "step_seconds": list(state.numbers["step_seconds"])}
+        return replace(state, numbers=numbers)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: damaged header ({error})") from error
 
 
 def _told(state: DenoisingState) -> dict[str, Any]:
@@ -96,8 +108,15 @@ class StateKeeper:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        if error is None or isinstance(error, StoppedError):
             self._writer.close()
+            return
+        # What failed may be the disk: others are not to wait for it. A write that is cut off leaves the state before.
+        closing = threading.Thread(target=self._writer.close, daemon=True)
+        closing.start()
+        closing.join(_FLUSH_S)
 
     def after_step(self, done: int, latents: torch.Tensor) -> None:
         """After each step. Raises StoppedError on every rank where one has been asked to stop, the state saved."""
@@ -105,9 +124,11 @@ class StateKeeper:
         if asked or (self._every and (done % self._every == 0 or done == steps)):
             self._save(done, latents)
         if asked:
-            self._stop.leave()
+            if self._run.is_first:
+                self._stop.leave()
             self._must_be_saved()
             wait_for_first(self._run.mesh, "state saved")
+            self._stop.leave()
             raise self._stopped(done)
 
     def _agreed_to_stop(self) -> bool:
@@ -135,7 +156,7 @@ class StateKeeper:
         if not self._run.is_first:
             return
         if self._writer is None:
-            self._writer = StateWriter(state_path(self._run), self._identity, _tell)
+            self._writer = StateWriter(state_path(self._run), self._identity, self._tell)
         steps = len(self._run.schedule)
         solver = solver_state(self._scheduler) if done < steps else SolverState({}, {})
         numbers = {"solver": solver.numbers, "step_seconds": list(self._run.report.steps)}
@@ -152,6 +173,8 @@ class StateKeeper:
         name = "a signal" if self._stop.signal is None else self._stop.signal.name  # another rank may have had it
         return StoppedError(name, saved=done, steps=len(self._run.schedule))
 
-
-def _tell(error: OSError) -> None:
-    print(f"wan-dist: the state cannot be saved ({error}); the run goes on without", file=sys.stderr, flush=True)
+    def _tell(self, error: OSError) -> None:
+        if self._stop.signal is None:  # else it is the run's failure, and told as such
+            print(
+                f"wan-dist: the state cannot be saved ({error}); the run goes on without", file=sys.stderr, flush=True
+            )

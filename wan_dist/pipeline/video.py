@@ -60,20 +60,22 @@ def latents_kept(run: Run, latents: torch.Tensor) -> Iterator[None]:
         home = Path(str(run.config.output.dir))
         if not home.exists():
             error.add_note(f"{home} was removed while the run was under way")
-        for folder in (home, Path(tempfile.gettempdir())):
-            file = output_path(folder, run.config.output.name, "latents")
+        for folder in (home, None):
             with suppress(OSError):
-                folder.mkdir(parents=True, exist_ok=True)
-                if not _holds(file, run):
-                    write_tensor(file, "latents", latents.float(), origin_metadata(run.config))
-                error.add_note(decode_command(run.config, file) if wants_pixels(run) else f"the latents: {file}")
+                error.add_note(_kept_in(folder, run, latents))
                 break
         raise
 
 
-def _holds(file: Path, run: Run) -> bool:
-    """Whether this run has written its latents there."""
-    return file.exists() and file.stat().st_mtime >= run.report.started
+def _kept_in(folder: Path | None, run: Run, latents: torch.Tensor) -> str:
+    """Where this run's latents are, in a sentence; written there unless they are already. folder: None is a new one
+    for temporary files."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    file = output_path(folder or Path(tempfile.mkdtemp(prefix="wan_dist-")), run.config.output.name, "latents")
+    if not file.exists() or file.stat().st_mtime < run.report.started:
+        write_tensor(file, "latents", latents.float(), origin_metadata(run.config))
+    return decode_command(run.config, file) if wants_pixels(run) else f"the latents: {file}"
 
 
 def write_video(run: Run, vae: ParallelVae | None, latents: torch.Tensor) -> None:

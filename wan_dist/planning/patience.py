@@ -21,11 +21,12 @@ from wan_dist.planning.workload import DTYPE_BYTES, Sizes, Task
 
 _FACTOR = 20  # times the estimate: 10 by which it may be off, and 2 to spare
 _MINIMUM_S = 300.0  # kernels compiled at first use, a GPU or a disk that others use too, a machine that swaps
-_READING_S = 900.0  # where files are read: umT5's largest tensor (4.2 GB) from a network disk at 5 MB/s
-_START_S = 900.0  # ranks import as many files, and then wait for the last one
+# Shorter than a collective may take (`runtime.timeout_s`, 600): else who waits for the rank that stalls fails first.
+_READING_S = 540.0  # where files are read: umT5's largest tensor (4.2 GB) from a network disk at 8 MB/s
+START_S = 540.0  # ranks import as many files, and then wait for the last one
 # Minima by phase. `start` is what comes before the ranks have met: it takes as long on an idle model as on a large one.
 _MINIMA = {
-    "start": _START_S, "check": _READING_S, "encode": _READING_S, "load": _READING_S,
+    "start": START_S, "check": _READING_S, "encode": _READING_S, "load": _READING_S,
     "denoise": _MINIMUM_S, "decode": _MINIMUM_S, "write": _MINIMUM_S,
 }  # fmt: skip
 _WRITTEN_PER_S = 5e6  # pixels that one core encodes as H.264, or bytes that a slow disk takes
@@ -44,7 +45,7 @@ def stall_limits(asked: float | None, *, seconds: Mapping[str, float]) -> dict[s
     [('check', 5.0), ('decode', 5.0)]
     """
     if asked is not None:
-        return {phase: max(asked, _START_S) if phase == "start" else asked for phase in _MINIMA}
+        return {phase: max(asked, START_S) if phase == "start" else asked for phase in _MINIMA}
     return {phase: max(minimum, _FACTOR * seconds.get(phase, 0.0)) for phase, minimum in _MINIMA.items()}
 
 

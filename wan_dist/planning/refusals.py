@@ -314,7 +314,8 @@ def node_refusals(ranks: int, nodes: int) -> list[Refusal]:
     if ranks % nodes == 0:
         return []
     why = f"{ranks} ranks do not divide over {nodes} nodes ({ranks} = {nodes} x {ranks // nodes} + {ranks % nodes})"
-    remedy = f"use degrees whose product is {nodes * max(1, ranks // nodes)} or {nodes * (ranks // nodes + 1)}"
+    below, above = nodes * (ranks // nodes), nodes * (ranks // nodes + 1)
+    remedy = f"use degrees whose product is {f'{below} or ' if below else ''}{above}, or another number of nodes"
     return [Refusal("parallelism", ranks, why, remedy)]
 
 
