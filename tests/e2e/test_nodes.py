@@ -121,7 +121,7 @@ def test_a_node_that_is_lost_ends_the_other(ran):
     end = ran["agent 1 killed"]
     assert end.codes[1] == -signal.SIGKILL and end.codes[0] == 1
     assert end.seconds < 15 and end.processes == [] and end.files == set()
-    assert end.said[0].count("wan-dist: ") == 1 and "rank " in end.said[0]
+    assert end.said[0].count("wan-dist: ") == 1 and "node 1 is gone" in end.said[0]
 
 
 def test_a_killed_rank_is_named_on_both_nodes(ran):
@@ -154,7 +154,7 @@ def test_what_cannot_run_runs_on_no_node(request_of, tmp_path):
     end = two_nodes([*request_of, *TWO, "video.height=7"], tmp_path)
     assert end.codes == [2, 2]
     assert "video.height=7: not a multiple of 16" in end.said[0]
-    assert end.said[1] == "wan-dist: node 0 cannot run this; its own terminal says why\n"
+    assert end.said[1] == "wan-dist: node 0 cannot run this; its own output says why\n"
     assert end.files == set() and not end.run_folder.exists()
 
 
