@@ -5,7 +5,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +43,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def two_nodes(typed: list[str], folder: Path, act: Callable[[Nodes], None] = lambda nodes: None) -> Ended:
-    """A run of two nodes, to which `act` is done while it is under way."""
+def two_nodes(
+    typed: list[str], folder: Path, act: Callable[[Nodes], None] = lambda nodes: None, second: Sequence[str] = ()
+) -> Ended:
+    """A run of two nodes, to which `act` is done while it is under way. second: what node 1 alone is told."""
     where = ["launch.nodes=2", "launch.head=127.0.0.1", f"launch.port={free_port()}", f"output.dir={folder}"]
     with ExitStack() as stack:
         nodes = [
-            stack.enter_context(Running(["wan-dist", *typed, *where, f"launch.node_rank={node}"], folder))
+            stack.enter_context(
+                Running(["wan-dist", *typed, *where, f"launch.node_rank={node}", *(second if node else ())], folder)
+            )
             for node in range(2)
         ]
         act(nodes)
@@ -148,6 +152,14 @@ def test_what_one_node_is_asked_all_do(ran):
         assert said.count("wan-dist: ") == 1 and "Traceback" not in said
         steps |= set(re.findall(rf"after step (\d+) of {LONG_STEPS}; its state is saved", said))
     assert len(steps) == 1
+
+
+def test_nodes_that_are_told_different_things_are_refused(request_of, tmp_path):
+    end = two_nodes([*request_of, *TWO], tmp_path, second=["sampler.seed=5", "prompt=y"])
+    assert end.codes == [2, 2]
+    assert "sampler.seed=0: node 1 has 5; give the same on every node" in end.said[0]
+    assert "prompt=y: node 0 has x; give the same on every node" in end.said[1]
+    assert end.files == set()
 
 
 def test_what_cannot_run_runs_on_no_node(request_of, tmp_path):

@@ -27,6 +27,7 @@ _SLURM_PORTS = (20000, 12000)
 _LOOPBACK = "127.0.0.1"
 _MEET_S = 600.0  # people type at several terminals; Slurm starts a step's tasks together
 _ANSWER_S = 30.0  # a store that is there answers at once
+_HEARD_S = 5.0  # the others leave without a word only where they are refused
 _TELL_S = 5.0  # of waiting, before the user is told for whom
 _POLL_S = 0.05  # waiting inside the store's own calls would leave signals unheard
 
@@ -145,8 +146,16 @@ class Meeting:
         self.store.set(self._answer_key(self.node.rank), json.dumps(mine))
 
     def answers(self) -> list[dict[str, Any]]:
-        """What each node has to say of it, in node order; waits until all have."""
-        return [json.loads(self._wait_for(self._answer_key(node), node)) for node in range(self.node.count)]
+        """What each node has to say of it, in node order; waits until all have. Node 0, with which the store may go next,
+        returns when the others have heard as well."""
+        found = [json.loads(self._wait_for(self._answer_key(node), node)) for node in range(self.node.count)]
+        heard = [f"{self._answer_key(node)}/heard" for node in range(1, self.node.count)]
+        if self.node.rank != 0:
+            self.store.set(heard[self.node.rank - 1], "")
+        end = time.monotonic() + _HEARD_S
+        while self.node.rank == 0 and not self.store.check(heard) and time.monotonic() < end:
+            time.sleep(_POLL_S)
+        return found
 
     def _answer_key(self, node: int) -> str:
         return f"wan_dist/answer/{self._job}/{node}"
