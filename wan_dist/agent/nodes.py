@@ -146,7 +146,7 @@ class Meeting:
         self.store.set(self._answer_key(self.node.rank), json.dumps(mine))
 
     def answers(self) -> list[dict[str, Any]]:
-        """What each node has to say of it, in node order; waits until all have. Node 0, with which the store may go next,
+        """What each node has to say of it, in node order; waits until all have. Node 0, with which the store may go,
         returns when the others have heard as well."""
         found = [json.loads(self._wait_for(self._answer_key(node), node)) for node in range(self.node.count)]
         heard = [f"{self._answer_key(node)}/heard" for node in range(1, self.node.count)]
