@@ -85,8 +85,8 @@ def held_after_each_step(env, config) -> list[tuple[str, dict[str, bool], dict[s
         return models[how["component"]]
 
     def watched_denoise(latents, schedule, scheduler, predict, axis, on_step):
-        def watch(step):
-            on_step(step)
+        def watch(step, made):
+            on_step(step, made)
             experts = {name: model for name, model in models.items() if name.startswith("transformer")}
             gathered = {
                 name: not all(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -51,7 +51,8 @@ def agreed_plan(config: Config, checkpoint: Checkpoint, task: Task, mesh: Mesh, 
     if device.type == "cuda" and config.plan.host_gb_s is None and any(p.streaming for p in plan.placements):
         measured = min(gather_objects(mesh.world, host_to_device_rate(device)))
         plan = place_or_refuse(config, work_for, replace(machine, host_bytes_per_s=measured))
-    _check_agreement(mesh, (degrees, plan.digest(), run_identity(config, "")), checkpoint)
+    request = run_identity(replace(config, image=None, last_image=None), "")  # pictures are the first rank's to read
+    _check_agreement(mesh, (degrees, plan.digest(), request), checkpoint)
     expected = phase_seconds(config, checkpoint, task, machine, degrees=degrees, work=work_for(config), plan=plan)
     report.pulse.allow(stall_limits(config.runtime.stall_timeout_s, seconds=expected))
     for placement in plan.placements:
