@@ -224,7 +224,7 @@ def ran(chain):
     ("name", "number", "when"),
     [
         ("encode", "SIGTERM", "before the first step; nothing was to be saved"),
-        ("load", "SIGUSR1", "before the first step; nothing was to be saved"),
+        ("load", "SIGUSR1", "after step "),  # which the run that was killed had saved
         ("write", "SIGUSR1", "after the last step; its state is saved, "),
         ("decode", "SIGTERM", "after the last step; its state is saved, "),
     ],

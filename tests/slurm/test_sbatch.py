@@ -102,6 +102,8 @@ while time.monotonic() < end and not asked:
 if asked and told.get("slow") == node:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(30)
+for name in ("SIGUSR1", "SIGTERM"):  # like wan-dist, which is not to be killed on its way out
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
 time.sleep(1 if "slow" in told else 0)
 sys.exit(75 if asked else 0)
 """
