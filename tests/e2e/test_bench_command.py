@@ -11,6 +11,7 @@ BLOCKS, HEADS, HEAD_DIM, RANKS, FORWARDS, FP32, BF16 = 2, 4, 32, 2, 2, 4, 2
 TOKENS = 1 * (16 // 2) * (16 // 2)
 LATENT_FRAMES, LATENT_ROWS, LATENT_COLUMNS, STRIDE = 2, 1, 4, 8
 WIDTH_14B, BLOCKS_14B, TOKENS_480P, TOKENS_720P = 5120, 2, 32760, 75600
+STATE_ROWS = 16
 STREAMED_BLOCKS = 6  # more than the deepest ring has slots
 
 SHAPE = [f"bench.blocks={BLOCKS}", f"bench.heads={HEADS}", f"bench.head_dim={HEAD_DIM}", "bench.ffn=128"]
@@ -26,6 +27,10 @@ COMMANDS = {
     "offload": [
         *("bench=offload", *SHAPE, f"bench.blocks={STREAMED_BLOCKS}"),
         *("bench.frames=1", "bench.rows=16", "bench.columns=16"),
+    ],
+    "state": [
+        *("bench=state", *SHAPE, "bench.repeats=3", "sampler.steps=4"),
+        *("bench.frames=1", f"bench.rows={STATE_ROWS}", "bench.columns=2"),
     ],
     "scale": ["bench=scale", f"bench.blocks={BLOCKS_14B}", "bench.worlds=[8,64]"],
     "scale sharded": [
@@ -172,8 +177,24 @@ def test_blocks_that_stay_and_branches_that_share_a_visit_save_copies(benches):
         assert {line[key] for key in of_a_gpu} == {None} and line["pinned"] is False
 
 
-@pytest.mark.parametrize("words", ["parallelism.ulysses=2", "runtime.ranks=2"])
-def test_offloading_is_measured_on_one_rank(words, tmp_path):
-    done = wan_dist("task=bench", "bench=offload", words, cwd=tmp_path)
-    assert done.returncode == 2 and f"{words}: bench=offload takes one rank" in done.stderr
+def test_saving_states_is_measured_in_pairs_of_turns(benches):
+    """The last state of a turn is always written; it holds the latents and what UniPC remembers, in fp32."""
+    lines, table, _ = benches["state"]
+    found = {line["case"]: line for line in lines}
+    assert list(found) == ["without", "with"] and table.count("\n|") >= 3
+    assert [len(line["turns"]) for line in lines] == [3, 3] and all(line["median_s"] > 0 for line in lines)
+    assert found["without"]["written"] == 0 and 0.25 <= found["with"]["written"] <= 1
+    latents = 16 * STATE_ROWS * 2 * FP32
+    for turn in found["with"]["turns"]:
+        assert 1 <= turn["written"] <= 4 and 3 * latents < turn["state_bytes"] < 5 * latents + 8192
+    assert found["with"]["ratio"] > 0 and found["with"]["total_ratio"] > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("offload", "parallelism.ulysses=2"), ("offload", "runtime.ranks=2"), ("state", "parallelism.ulysses=2")],
+)
+def test_what_is_measured_on_one_rank(kind, words, tmp_path):
+    done = wan_dist("task=bench", f"bench={kind}", words, cwd=tmp_path)
+    assert done.returncode == 2 and f"{words}: bench={kind} takes one rank" in done.stderr
     assert files_in(tmp_path) == set()

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -168,6 +169,23 @@ def test_what_cannot_run_runs_on_no_node(request_of, tmp_path):
     assert "video.height=7: not a multiple of 16" in end.said[0]
     assert end.said[1] == "wan-dist: node 0 cannot run this; its own output says why\n"
     assert end.files == set() and not end.run_folder.exists()
+
+
+@pytest.mark.parametrize(("killed", "words"), [(1, "node 1 has left before"), (0, "node 0 left before")])
+def test_a_node_that_dies_while_it_starts_is_missed(request_of, tmp_path, killed, words):
+    """As soon as it has connected, which is before it imports torch and long before it has a rank."""
+
+    def act(nodes: Nodes) -> None:
+        agent, give_up = psutil.Process(nodes[1].process.pid), time.monotonic() + 30
+        while not any(link.status == psutil.CONN_ESTABLISHED for link in agent.net_connections("tcp")):
+            assert time.monotonic() < give_up and nodes[1].process.poll() is None
+        time.sleep(0.3)  # for it to be greeted
+        nodes[killed].process.kill()
+
+    end = two_nodes([*request_of, *TWO], tmp_path, act)
+    assert end.codes[killed] == -signal.SIGKILL and end.codes[1 - killed] == 1
+    assert end.seconds < 15 and end.processes == [] and end.files == set()
+    assert end.said[1 - killed].count("wan-dist: ") == 1 and words in end.said[1 - killed]
 
 
 def test_a_run_of_two_nodes_must_be_told_where_they_meet(request_of, tmp_path):

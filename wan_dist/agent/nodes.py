@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from wan_dist.agent.line import Line
+from wan_dist.agent.presence import Reception, Visit
 from wan_dist.config.schema import LaunchConfig
 from wan_dist.planning.refusal import Refusal, RefusedError
 from wan_dist.topology import SlurmStep
@@ -29,6 +30,7 @@ _MEET_S = 600.0  # people type at several terminals; Slurm starts a step's tasks
 _ANSWER_S = 30.0  # a store that is there answers at once
 _HEARD_S = 5.0  # the others leave without a word only where they are refused
 _TELL_S = 5.0  # of waiting, before the user is told for whom
+_NODE_0_LEFT = "node 0 left before the ranks were started; its own output says why"
 _POLL_S = 0.05  # waiting inside the store's own calls would leave signals unheard
 
 
@@ -111,16 +113,20 @@ def _output(*command: str) -> str:
 class Meeting:
     """The store of a run's agents, and what they agree on there before ranks start.
 
-    Raises RefusedError where node 0 cannot serve it, or is not found there; LostNodeError where it goes away.
+    Raises RefusedError where node 0 cannot serve it, or is not found there; LostNodeError where a node goes away.
     """
 
     def __init__(self, node: Node) -> None:
-
         self.node = node
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a peer that leaves is told of by us, once
-        if node.rank != 0:
-            _wait_for_server(node)
-        self.store = _open_store(node)
+        self._reception: Reception | None = None
+        if node.count == 1:
+            self.store = _open_store(node)
+        elif node.rank == 0:
+            self._reception = _receive(node)
+            self.store = _open_store(node, reception=self._reception)
+        else:
+            self.store = _open_store(node, visit=_find_node_0(node))
         me = f"{socket.gethostname()}, process {os.getpid()}"
         other = self.store.compare_set(f"wan_dist/node/{node.rank}", "", me).decode()
         if other != me:
@@ -168,6 +174,8 @@ class Meeting:
                 waited = time.monotonic() - start
                 if self.line.lost is not None:
                     raise LostNodeError(self.line.lost)
+                if self._reception is not None and (gone := self._reception.gone - self.line.joined):
+                    raise LostNodeError(f"node {min(gone)} has left before the ranks were started")
                 if waited > _MEET_S and node not in self.line.joined:
                     raise LostNodeError(f"node {node} has not come in {_MEET_S:.0f} s")
                 if not told and waited > _TELL_S:
@@ -178,25 +186,28 @@ class Meeting:
         except LostNodeError:
             raise
         except RuntimeError as error:
-            raise LostNodeError("node 0 left before the ranks were started; its own output says why") from error
+            raise LostNodeError(_NODE_0_LEFT) from error
 
 
-def _open_store(node: Node) -> Any:
+def _open_store(node: Node, *, reception: Reception | None = None, visit: Visit | None = None) -> Any:
     """torch's TCPStore, made in a thread: it would not hear signals, and wait for ever where something else answers."""
     from torch import distributed as dist
 
     made: list[Any] = []
+    listener = None if reception is None else reception.hand_over()
+    port = node.port if reception is None else reception.port
 
     def make() -> None:
         try:
             made.append(
                 dist.TCPStore(
                     node.head,
-                    node.port,
+                    port,
                     is_master=node.rank == 0,
                     wait_for_workers=False,
                     multi_tenant=True,  # torchrun's rendezvous serves the same one
                     timeout=timedelta(seconds=_ANSWER_S),
+                    master_listen_fd=listener,
                 )
             )
         except (RuntimeError, ValueError) as error:
@@ -205,6 +216,8 @@ def _open_store(node: Node) -> Any:
     threading.Thread(target=make, name="store", daemon=True).start()
     start = time.monotonic()
     while not made and time.monotonic() - start < _ANSWER_S:
+        if visit is not None and visit.gone:
+            raise LostNodeError(_NODE_0_LEFT)
         time.sleep(_POLL_S / 10)
     if not made:
         _refuse_meeting(node, TimeoutError("something else answers there"))
@@ -214,16 +227,22 @@ def _open_store(node: Node) -> Any:
 
 
 class LostNodeError(RuntimeError):
-    """The node that serves the store is gone."""
+    """A node is gone, and the run with it."""
 
 
-def _wait_for_server(node: Node) -> None:
-    """Until node 0 serves the store."""
+def _receive(node: Node) -> Reception:
+    try:
+        return Reception(node.port)
+    except OSError as error:
+        _refuse_meeting(node, error)
+
+
+def _find_node_0(node: Node) -> Visit:
+    """Wait for node 0, and tell it who has come."""
     told, start = False, time.monotonic()
     while True:
         try:
-            socket.create_connection((node.head, node.port), timeout=2).close()
-            return
+            return Visit(socket.create_connection((node.head, node.port), timeout=2), node.rank)
         except OSError as error:
             waited = time.monotonic() - start
             if waited > _MEET_S or isinstance(error, socket.gaierror):

@@ -271,8 +271,9 @@ def _place(
     if bench == "scale":
         config.runtime.ranks = 1  # the worlds are not run
         return rules.scale_refusals(config.bench, config.parallelism, world=invocation.world)
-    several = rules.one_rank_refusals(config, world=invocation.world) if bench == "offload" else []
-    config.runtime.ranks = 1 if bench == "offload" else config.runtime.ranks
+    one_rank = bench in ("offload", "state")
+    several = rules.one_rank_refusals(config, world=invocation.world) if one_rank else []
+    config.runtime.ranks = 1 if one_rank else config.runtime.ranks
     return several or _mesh(config, invocation, heads, guided, checkpoint)
 
 

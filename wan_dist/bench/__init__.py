@@ -24,6 +24,10 @@ def run(config: Config, env: RankEnv, device: torch.device) -> None:
         from wan_dist.bench.offload import bench_offload
 
         bench_offload(config, device)
+    elif config.bench.kind == "state":
+        from wan_dist.bench.state import bench_state
+
+        bench_state(config, device)
     else:
         from wan_dist.bench.step import bench_step
 

@@ -162,7 +162,7 @@ class BenchConfig:
     """`task=bench`: the shape of the random transformer, how often it is timed, and the worlds it is scaled to. Null is
     a default of the kind and device: see `wan_dist.planning.defaults`."""
 
-    kind: str = one_of("step", "step", "load", "scale", "vae", "offload")
+    kind: str = one_of("step", "step", "load", "scale", "vae", "offload", "state")
     blocks: int | None = at_least(None, 1)
     heads: int | None = at_least(None, 1)
     head_dim: int | None = at_least(None, 8, multiple=2)

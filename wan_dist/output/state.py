@@ -96,7 +96,7 @@ class StateWriter:
     Where the disk is slower than the steps, the newest state replaces the one that waits, which is then never written.
     A write that fails leaves the file as it was, and the run goes on: `on_error` is called once, in the writing thread,
     for the first of them; later states are still tried. Any other exception ends the thread, and is raised by the next
-    call.
+    call. written: how many states came to the disk.
     """
 
     def __init__(
@@ -110,6 +110,7 @@ class StateWriter:
         self._broken: Exception | None = None  # what no disk explains; it ends the thread
         self._hurry = threading.Event()
         self._told = False
+        self.written = 0
         self._side_stream: Any = None
         self._thread = threading.Thread(target=self._work, name="state-writer", daemon=True)
         self._thread.start()
@@ -182,6 +183,7 @@ class StateWriter:
                 logger.warning("%s: the state cannot be written (%s)", self._file, error)
                 self._on_error(error)
             return error
+        self.written += 1
         return None
 
     def _copies(self, tensors: dict[str, torch.Tensor], ready: Any) -> dict[str, torch.Tensor]:

@@ -12,7 +12,8 @@ PIPELINE_DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "steps": 50,
 
 # The shapes that benchmarks take where none is given: small enough for a CPU; Wan2.1 1.3B at 480p on a GPU; `load`
 # writes eight of the 1.3B's blocks to a disk; `scale`, which runs on nothing, takes the 14B; `vae` 256x256x5 on a CPU,
-# 720x1280x81 on a GPU; `offload`, whose cases are many, the smallest on a CPU and the 14B at 720p on a GPU.
+# 720x1280x81 on a GPU; `offload`, whose cases are many, the smallest on a CPU and the 14B at 720p on a GPU; `state` the
+# tiny model's on a CPU (the shortest step that there is to disturb), the 1.3B at 720p on a GPU.
 BENCH_DEFAULTS = {
     "cpu": {
         "blocks": 8, "heads": 8, "head_dim": 64, "ffn": 2048, "text_dim": 512,
@@ -31,6 +32,14 @@ BENCH_DEFAULTS = {
     },
     "offload on cuda": {
         "blocks": 40, "heads": 40, "head_dim": 128, "ffn": 13824, "text_dim": 4096,
+        "frames": 21, "rows": 90, "columns": 160,
+    },
+    "state": {
+        "blocks": 4, "heads": 4, "head_dim": 24, "ffn": 192, "text_dim": 32,
+        "frames": 3, "rows": 4, "columns": 6,
+    },
+    "state on cuda": {
+        "blocks": 30, "heads": 12, "head_dim": 128, "ffn": 8960, "text_dim": 4096,
         "frames": 21, "rows": 90, "columns": 160,
     },
     "scale": {"blocks": 40, "heads": 40, "head_dim": 128, "ffn": 13824, "text_dim": 4096},

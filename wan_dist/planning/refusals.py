@@ -320,7 +320,7 @@ def node_refusals(ranks: int, nodes: int) -> list[Refusal]:
 
 
 def one_rank_refusals(config: Config, *, world: int | None) -> list[Refusal]:
-    """Of `bench=offload`: everything that asks for more than one rank. world: torchrun's."""
+    """Of `bench=offload` and `bench=state`: everything that asks for more than one rank. world: torchrun's."""
     kind, found = config.bench.kind, []
     if world not in (None, 1):
         found.append(Refusal("bench", kind, f"torchrun started {world} ranks; it takes one", "start it as wan-dist"))
