@@ -93,7 +93,11 @@ def check(config: Config, invocation: Invocation) -> Checked:
     found += take_over_model(config) if unnamed else []
     model_known = invocation.model_known and not (unnamed and config.model.path is None)
     _choose_device(config)
-    names_model = config.task != "bench" or (config.bench.kind in ("load", "vae") and _names_model(config, invocation))
+    names_model = (
+        config.task != "bench"
+        or config.bench.kind == "meaning"
+        or (config.bench.kind in ("load", "vae") and _names_model(config, invocation))
+    )
     if config.task == "bench":
         resolve_bench(config)
         heads, guided = [count for count in [config.bench.heads or 0] if count > 0], config.bench.guidance
@@ -206,10 +210,10 @@ def _request_against_checkpoint(
     if given.task == "decode":
         return take_over_request(given, resolved, shape), [], True
     found = rules.video_refusals(resolved.video, shape)
-    if given.task in ("generate", "plan"):
+    if given.task in ("generate", "plan") or given.bench.kind == "meaning":
         known = {other.key for other in found}
         wrong = [r for r in image_refusals(resolved, checkpoint) if r.key not in known]
-        found += [r for r in wrong if given.task == "generate" or r.value is not None]  # a plan needs no picture
+        found += [r for r in wrong if given.task != "plan" or r.value is not None]  # a plan needs no picture
     found += rules.sampler_refusals(given, resolved.sampler, checkpoint)
     heads = sorted(
         {ModelShape.from_configs(checkpoint.configs[e], checkpoint.configs["vae"]).heads for e in checkpoint.experts}

@@ -28,6 +28,10 @@ def run(config: Config, env: RankEnv, device: torch.device) -> None:
         from wan_dist.bench.state import bench_state
 
         bench_state(config, device)
+    elif config.bench.kind == "meaning":
+        from wan_dist.bench.meaning import bench_meaning
+
+        bench_meaning(config, env, device)
     else:
         from wan_dist.bench.step import bench_step
 

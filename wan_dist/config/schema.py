@@ -162,7 +162,7 @@ class BenchConfig:
     """`task=bench`: the shape of the random transformer, how often it is timed, and the worlds it is scaled to. Null is
     a default of the kind and device: see `wan_dist.planning.defaults`."""
 
-    kind: str = one_of("step", "step", "load", "scale", "vae", "offload", "state")
+    kind: str = one_of("step", "step", "load", "scale", "vae", "offload", "state", "meaning")
     blocks: int | None = at_least(None, 1)
     heads: int | None = at_least(None, 1)
     head_dim: int | None = at_least(None, 8, multiple=2)
@@ -173,6 +173,7 @@ class BenchConfig:
     columns: int | None = at_least(None, 2, multiple=2)  # latent columns; tokens = frames * rows/2 * columns/2
     guidance: bool = True
     repeats: int = at_least(3, 1)
+    scenes: int = at_least(60, 1)
     worlds: list[int] = field(default_factory=lambda: [8, 16, 64, 256, 512], metadata=limits(2, 4096))
     videos: list[str] = field(default_factory=lambda: ["480x832x81", "720x1280x81"])
     ranks_per_node: int = at_least(8, 1)

@@ -12,6 +12,7 @@ _APART = 30.0  # of 255 in any channel: what differs less from the background is
 _SHARE = 0.5  # of the strongest difference in a frame; anti-aliased and smeared edges are half in
 _CORE = 0.85  # of the object's median difference: its inside, without edges
 _AREA = (0.012, 0.35)  # of the frame: less is a speck, more is no object
+_EDGE = 4  # pixels around an object that may be of neither colour
 _BORDER = 3  # rows and columns at each edge that are taken for the background
 _STILL = 3.0  # pixels between the first and the last centre; less is no movement
 
@@ -22,7 +23,8 @@ QUESTIONS = ("colour", "shape", "direction", "background")
 class Seen:
     """What a clip shows; `none` where there is nothing to say. present: per frame, whether there is an object. path:
     its centre `(x, y)` in each frame that has one, in pixels, y down. likeness: of each shape, the mean intersection
-    over union with its ideal outline of the same area and centre."""
+    over union with its ideal outline of the same area and centre. stray: the share of pixels away from the object that
+    are not of the background's colour."""
 
     colour: str
     shape: str
@@ -31,6 +33,7 @@ class Seen:
     present: np.ndarray
     path: np.ndarray
     likeness: dict[str, float]
+    stray: float
 
     def answers(self, asked: Scene) -> dict[str, bool]:
         """Of each of QUESTIONS whether it is as asked, and `present`: an object in every frame."""
@@ -47,8 +50,9 @@ def describe(frames: np.ndarray) -> Seen:
     present = np.array([mask is not None for mask in masks])
     found = [(frame, mask) for frame, mask in zip(pixels, masks, strict=True) if mask is not None]
     named = _nearest(background, BACKGROUNDS)
+    stray = float(np.mean([_stray(frame, mask, background) for frame, mask in zip(pixels, masks, strict=True)]))
     if not found:
-        return Seen("none", "none", "none", named, present, np.empty((0, 2)), dict.fromkeys(SHAPES, 0.0))
+        return Seen("none", "none", "none", named, present, np.empty((0, 2)), dict.fromkeys(SHAPES, 0.0), stray)
     colour = np.median([_inside(frame, mask, background) for frame, mask in found], axis=0)
     path = np.array([_centre(mask) for _, mask in found])
     likeness = {shape: float(np.mean([_overlap(mask, shape) for _, mask in found])) for shape in SHAPES}
@@ -60,6 +64,7 @@ def describe(frames: np.ndarray) -> Seen:
         present=present,
         path=path,
         likeness=likeness,
+        stray=stray,
     )
 
 
@@ -92,6 +97,19 @@ def _largest(mask: np.ndarray) -> np.ndarray:
     return found
 
 
+def _stray(frame: np.ndarray, mask: np.ndarray | None, background: np.ndarray) -> float:
+    near = np.zeros(frame.shape[:2], dtype=bool) if mask is None else mask.copy()
+    for _ in range(_EDGE):
+        rows, columns = near.copy(), near.copy()
+        rows[1:] |= near[:-1]
+        rows[:-1] |= near[1:]
+        columns[:, 1:] |= near[:, :-1]
+        columns[:, :-1] |= near[:, 1:]
+        near = rows | columns
+    away = np.abs(frame - background).max(axis=-1)[~near]
+    return float((away > _APART).mean()) if away.size else 0.0
+
+
 def _inside(frame: np.ndarray, mask: np.ndarray, background: np.ndarray) -> np.ndarray:
     apart = np.abs(frame - background).max(axis=-1)
     return np.median(frame[mask & (apart > _CORE * np.median(apart[mask]))], axis=0)
@@ -107,8 +125,8 @@ def _overlap(mask: np.ndarray, shape: str) -> float:
     share, (off_x, off_y) = _ideal(shape)
     size = float(np.sqrt(mask.sum() / share))
     x, y = _centre(mask)
-    rows, columns = np.indices(mask.shape)
-    ideal = signed_distance(shape, columns + 0.5 - x + off_x * size, rows + 0.5 - y + off_y * size, size) < 0
+    rows, columns = np.indices(mask.shape) + 0.5
+    ideal = signed_distance(shape, columns - x + off_x * size, rows - y + off_y * size, size) < 0
     return float((ideal & mask).sum() / (ideal | mask).sum())
 
 
@@ -117,7 +135,8 @@ def _ideal(shape: str) -> tuple[float, tuple[float, float]]:
     """Area over size squared, and where the centre of mass lies, in sizes."""
     size, half = 100.0, 200
     grid = np.arange(-half, half) + 0.5
-    inside = signed_distance(shape, *np.meshgrid(grid, grid), size) < 0
+    x, y = np.meshgrid(grid, grid)
+    inside = signed_distance(shape, x, y, size) < 0
     rows, columns = np.nonzero(inside)
     return inside.sum() / size**2, (float(grid[columns].mean()) / size, float(grid[rows].mean()) / size)
 
