@@ -1,13 +1,17 @@
 # Everything runs in .venv in this folder; the stamps make a second call cheap.
 PYTHON ?= python3
 BIN := .venv/bin
-PROMPT ?= a red circle moving right on a black background
+DEMO := outputs/demo
 
 .PHONY: demo test check bench clean
 .DELETE_ON_ERROR:
 
-demo: .venv/.installed  ## one video from one prompt on two CPU ranks; its path is printed last
-	@$(BIN)/wan-dist prompt="$(PROMPT)" runtime.device=cpu runtime.ranks=2
+demo: .venv/.installed  ## three videos from three prompts on two CPU ranks, and one picture and one animation of them
+	@$(BIN)/wan-dist --multirun hydra.sweep.dir=$(DEMO) runtime.device=cpu runtime.ranks=2 "prompt=\
+	'a red circle moving right on a black background',\
+	'a blue square moving left on a white background',\
+	'a yellow triangle moving up on a navy background'"
+	@$(BIN)/python -m wan_dist.output.contact_sheet $(DEMO) $(DEMO)/0/video.mp4 $(DEMO)/1/video.mp4 $(DEMO)/2/video.mp4
 
 test: .venv/.installed-test  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2

@@ -13,6 +13,8 @@ from support.commands import torchrun, wan_dist
 
 NASTY = """'a "cat", surfing (slow): it's = 100% {x} ${y} ${oc.env:HOME} [a|b] \\ ~\n海上的猫, null \\'"""
 
+HALF_KNOWN = "a red circle moving right, slowly, on a black background"
+
 RECORD_KEYS = {
     *("version", "commit", "config", "request", "mesh", "checkpoint", "libraries"),
     *("attention", "plan", "phases", "steps", "outputs", "ranks"),
@@ -36,7 +38,7 @@ def runs(cwds, tiny):
     done = together(
         lambda: wan_dist(*common, *own, cwd=cwds["ours"]),
         lambda: torchrun(2, *common, "output.formats=[latents]", cwd=cwds["torchrun"]),
-        lambda: wan_dist("prompt=a red circle moving right on a black background", cwd=cwds["default"]),
+        lambda: wan_dist(f"prompt={HALF_KNOWN}", "output.preview=true", cwd=cwds["default"], NO_COLOR=""),
     )
     runs = dict(zip(cwds, done, strict=True))
     for run in runs.values():
@@ -140,3 +142,14 @@ def test_the_video_plays(folders):
         assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
         assert (stream.width, stream.height, stream.average_rate) == (64, 64, 8)
         assert sum(1 for _ in container.decode(stream)) == 17
+
+
+def test_the_default_model_says_what_it_does_not_know(runs):
+    assert runs["default"].stderr.count("wan-dist: wan_shapes does not know 'slowly'; it draws") == 1
+    assert "does not know" not in runs["ours"].stderr
+
+
+def test_a_preview_is_shown_beside_the_progress(runs):
+    shown = [line for line in runs["default"].stderr.splitlines() if "▀" in line]
+    assert len(shown) > 4 and all(line.startswith("\x1b[38;") and line.endswith("\x1b[0m") for line in shown)
+    assert "▀" not in runs["default"].stdout and "▀" not in runs["ours"].stderr

@@ -22,7 +22,7 @@ BAD_VALUES = {
     "bench.head_dim": [7], "sampler.boundary_ratio": [float("-inf")], "model.recipe.steps": [0],
 }  # fmt: skip
 NOT_YET = {
-    "task": "verify", "parallelism.dp": 2, "output.preview": True, "runtime.compile": True,
+    "task": "verify", "parallelism.dp": 2, "runtime.compile": True,
     "runtime.profile": True, "runtime.deterministic": True,
 }  # fmt: skip
 

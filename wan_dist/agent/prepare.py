@@ -1,12 +1,14 @@
 """From a composed config to a frozen one that ranks can run, or to every reason why not."""
 
 import os
+import sys
 import tempfile
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from wan_dist.agent.hints import vocabulary_hint
 from wan_dist.agent.inputs import image_file_refusals, input_refusals, take_over_model, take_over_request
 from wan_dist.agent.resume import resume_refusals
 from wan_dist.agent.room import best_mesh, contradictions, plan_refusals, ranks_found, room_refusals
@@ -143,6 +145,8 @@ def freeze_run(checked: Checked, *, node: int = 0) -> Path:
         config.model.path = str(folder)
         if node == 0 and (found := resume_refusals(config, open_checkpoint(folder))):  # rank 0 reads the state
             raise RefusedError(found)
+        if node == 0 and config.task == "generate" and (hint := vocabulary_hint(config.prompt, folder)):
+            print(f"wan-dist: {hint}", file=sys.stderr, flush=True)
     directory = run_dir(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)

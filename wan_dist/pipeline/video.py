@@ -17,6 +17,7 @@ from wan_dist.models.wan_vae import ParallelVae, parallelize_vae
 from wan_dist.output.files import write_tensor
 from wan_dist.output.kept_latents import decode_command
 from wan_dist.output.names import output_path
+from wan_dist.output.preview import Preview
 from wan_dist.output.progress import Progress
 from wan_dist.output.video import frames_writer, mp4_writer
 from wan_dist.pipeline.run import PIXEL_FORMATS, Run, wants_pixels
@@ -89,6 +90,9 @@ def write_video(run: Run, vae: ParallelVae | None, latents: torch.Tensor) -> Non
 def _decode_and_write(run: Run, vae: ParallelVae, latents: torch.Tensor) -> None:
     with ExitStack() as stack:
         append = _writers(run, stack) if run.is_first else []
+        preview = Preview(run.config.video.num_frames or 1) if run.is_first and run.config.output.preview else None
+        if preview is not None:
+            append.append(preview.append)
         progress = Progress(latents.shape[2], unit="latent frame") if run.is_first else None
         for frames in _timed(run, decode_frames(vae, latents)):
             with run.report.timed("write"):
@@ -100,6 +104,8 @@ def _decode_and_write(run: Run, vae: ParallelVae, latents: torch.Tensor) -> None
             stack.close()
         if progress is not None:
             progress.close()
+        if preview is not None:
+            preview.show()
 
 
 def _timed(run: Run, frames: Iterator[torch.Tensor | None]) -> Iterator[torch.Tensor | None]:

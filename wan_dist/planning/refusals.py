@@ -29,7 +29,6 @@ from wan_dist.planning.video_shape import WAN_2_1, ModelShape, nearest_multiples
 _AVAILABLE: dict[str, tuple[Any, ...]] = {
     "task": ("generate", "decode", "plan", "bench"),
     "parallelism.dp": (None, 1),
-    "output.preview": (False,),
     "runtime.compile": (False,),
     "runtime.profile": (False,),
     "runtime.deterministic": (False,),
@@ -115,6 +114,9 @@ def request_refusals(config: Config) -> list[Refusal]:
         )
     if not config.output.formats:
         found.append(Refusal("output.formats", "[]", "nothing would be written", "use mp4, frames, latents"))
+    elif config.output.preview and not {"mp4", "frames"}.intersection(config.output.formats):
+        why = "nothing is decoded, so there are no frames to show"
+        found.append(Refusal("output.preview", "true", why, "add mp4 or frames to output.formats"))
     seed = config.sampler.seed
     if seed is not None and not _SEED_RANGE[0] <= seed <= _SEED_RANGE[1]:
         found.append(Refusal("sampler.seed", seed, "outside 64 bits", f"use {_SEED_RANGE[0]} to {_SEED_RANGE[1]}"))
