@@ -189,6 +189,7 @@ class TestTheLine:
 
     def test_a_silent_node_is_gone(self, lines, monkeypatch):
         monkeypatch.setattr(lines[1], "_hear", lambda *_: time.sleep(3600))  # its thread beats no more
+        wait(lambda: lines[0].lost is not None)
         assert lines[0].wait_for_loss().startswith("node 1 is gone")
 
     def test_one_node_has_nobody_to_lose(self):
