@@ -1,6 +1,8 @@
 """Which node of a run this is: by `launch.*`, by Slurm's variables; what nodes agree on before ranks start."""
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -187,6 +189,7 @@ class TestTheLine:
 
     def test_a_silent_node_is_gone(self, lines, monkeypatch):
         monkeypatch.setattr(lines[1], "_hear", lambda *_: time.sleep(3600))  # its thread beats no more
+        wait(lambda: lines[0].lost is not None)
         assert lines[0].wait_for_loss().startswith("node 1 is gone")
 
     def test_one_node_has_nobody_to_lose(self):
@@ -206,3 +209,21 @@ def wait(condition, seconds: float = 5) -> None:
 def test_a_head_that_no_one_knows_is_refused():
     with pytest.raises(RefusedError, match=r"launch\.head"):
         Meeting(Node(1, 2, "no.such.host.invalid", 29500))
+
+
+LEAVES = """
+import sys, time
+from wan_dist.agent import line
+line.BEAT_S = 0.0  # so that its thread is inside the store's calls most of the time
+from wan_dist.agent.nodes import Meeting, Node
+from wan_dist.cli.main import leave
+meeting = Meeting(Node(0, 2, "127.0.0.1", 0))
+time.sleep(0.3)
+{}(3)
+"""
+
+
+def test_an_agent_leaves_while_its_thread_is_in_the_store():
+    """Where the interpreter unwinds that thread, about every third such process aborts."""
+    ends = [subprocess.Popen([sys.executable, "-c", LEAVES.format(way)]) for way in ("sys.exit", "leave") * 2]
+    assert [end.wait(60) for end in ends] == [3] * 4

@@ -56,7 +56,7 @@ def launch(config_path: Path, ranks: int, meeting: Meeting, job: str) -> signal.
         nproc_per_node=ranks,
         run_id=job,
         rdzv_backend="static",  # the numbers of nodes and ranks are known: node 0 holds rank 0
-        rdzv_endpoint=f"{node.head}:{meeting.port}",
+        rdzv_endpoint=f"{node.head}:{meeting.store_port}",
         rdzv_configs={"rank": node.rank, "timeout": _JOIN_S},
         max_restarts=0,
         monitor_interval=0.1,
@@ -133,7 +133,7 @@ def _rank_variables(ranks: int, meeting: Meeting) -> dict[str, str]:
     if "site-packages" not in root:
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     if meeting.node.count > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
-        interface = interface_towards(meeting.node.head, meeting.port)
+        interface = interface_towards(meeting.node.head, meeting.store_port)
         variables |= {"GLOO_SOCKET_IFNAME": interface} if interface else {}
     return variables
 

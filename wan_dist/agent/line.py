@@ -2,12 +2,14 @@
 have failed. Ranks notice a lost peer in their next collective only, minutes later maybe, and NCCL's not even then.
 """
 
+import atexit
 import json
 import threading
 import time
 from typing import Any
 
 BEAT_S = 0.5
+_CLOSE_S = 2.0
 SILENT_S = 8.0  # an agent that gives no sign for so long is gone, or its network is
 
 
@@ -25,8 +27,17 @@ class Line:
         self.joined: set[int] = {rank}
         self._rank, self._others = rank, [other for other in range(count) if other != rank]
         self._job, self._failed = 0, False
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep, args=(store,), name="line", daemon=True)
         if self._others:
-            threading.Thread(target=self._keep, args=(store,), name="line", daemon=True).start()
+            self._thread.start()
+            # The interpreter's teardown unwinds daemon threads, and aborts where one is inside torch's store.
+            atexit.register(self.close)
+
+    def close(self) -> None:
+        """Give no sign any more."""
+        self._over.set()
+        self._thread.join(_CLOSE_S)
 
     def begin(self, job: int) -> None:
         """Another job: what became of the last one is past."""
@@ -54,8 +65,7 @@ class Line:
             from torch.distributed import PrefixStore
 
             mine = PrefixStore("wan_dist/line", store.clone())  # who waits in a store blocks its connection
-            while True:
-                time.sleep(BEAT_S)
+            while not self._over.wait(BEAT_S):
                 beat += 1
                 told = {"beat": beat, "job": self._job, "asked": self.asked, "failed": self._failed}
                 mine.set(str(self._rank), json.dumps(told))

@@ -1,7 +1,7 @@
 """The nodes of a run that `wan-dist` starts: which one this is, and the store in which their agents meet.
 
-One agent per node. Node 0 serves a key-value store at head:port, which torchrun's static rendezvous and the ranks then
-use as well; a run on one node has one of its own.
+One agent per node. Node 0 receives the others at head:port, and serves a key-value store at a port that it tells them,
+which torchrun's static rendezvous and the ranks then use as well; a run on one node has one of its own.
 """
 
 import json
@@ -36,7 +36,7 @@ _POLL_S = 0.05  # waiting inside the store's own calls would leave signals unhea
 
 @dataclass(frozen=True)
 class Node:
-    """This node: `rank` of `count`. head, port: where node 0 serves the store; port 0 is any that is free."""
+    """This node: `rank` of `count`. head, port: where node 0 receives the others; port 0 is any that is free."""
 
     rank: int = 0
     count: int = 1
@@ -121,18 +121,21 @@ class Meeting:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a peer that leaves is told of by us, once
         self._reception: Reception | None = None
         if node.count == 1:
-            self.store = _open_store(node)
+            self.store = _open_store(node, node.port)
         elif node.rank == 0:
             self._reception = _receive(node)
-            self.store = _open_store(node, reception=self._reception)
+            self.store = _open_store(node, 0)
+            self._reception.tell(self.store.port)
         else:
-            self.store = _open_store(node, visit=_find_node_0(node))
+            visit = _find_node_0(node)
+            self.store = _open_store(node, _store_port(node, visit), visit)
         me = f"{socket.gethostname()}, process {os.getpid()}"
         other = self.store.compare_set(f"wan_dist/node/{node.rank}", "", me).decode()
         if other != me:
             why = f"another wan-dist has that number ({other})"
             raise RefusedError([Refusal("launch.node_rank", node.rank, why, "give each node a number of its own")])
-        self.port: int = self.store.port
+        self.store_port: int = self.store.port
+        self.port = node.port if self._reception is None else self._reception.port
         self.line = Line(self.store, node.rank, node.count)
         self._job = 0
 
@@ -189,13 +192,11 @@ class Meeting:
             raise LostNodeError(_NODE_0_LEFT) from error
 
 
-def _open_store(node: Node, *, reception: Reception | None = None, visit: Visit | None = None) -> Any:
+def _open_store(node: Node, port: int, visit: Visit | None = None) -> Any:
     """torch's TCPStore, made in a thread: it would not hear signals, and wait for ever where something else answers."""
     from torch import distributed as dist
 
     made: list[Any] = []
-    listener = None if reception is None else reception.hand_over()
-    port = node.port if reception is None else reception.port
 
     def make() -> None:
         try:
@@ -207,7 +208,6 @@ def _open_store(node: Node, *, reception: Reception | None = None, visit: Visit 
                     wait_for_workers=False,
                     multi_tenant=True,  # torchrun's rendezvous serves the same one
                     timeout=timedelta(seconds=_ANSWER_S),
-                    master_listen_fd=listener,
                 )
             )
         except (RuntimeError, ValueError) as error:
@@ -251,6 +251,21 @@ def _find_node_0(node: Node) -> Visit:
                 print(f"wan-dist: waiting for node 0 at {node.head}:{node.port}", file=sys.stderr, flush=True)
                 told = True
             time.sleep(_POLL_S)
+
+
+def _store_port(node: Node, visit: Visit) -> int:
+    """Where node 0 says that the store is, once it is there."""
+    import torch.distributed  # noqa: F401  as node 0 does meanwhile
+
+    start = time.monotonic()
+    while visit.store_port is None:
+        late = visit.greeted is None and time.monotonic() - start > _ANSWER_S
+        if late or visit.greeted is False:
+            _refuse_meeting(node, TimeoutError("something else answers there"))
+        if visit.gone:
+            raise LostNodeError(_NODE_0_LEFT)
+        time.sleep(_POLL_S / 10)
+    return visit.store_port
 
 
 def _refuse_meeting(node: Node, error: Exception) -> NoReturn:

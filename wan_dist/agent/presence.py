@@ -1,87 +1,106 @@
 """Which nodes have come to a run, before there is a store to tell it in: torch, which serves that, takes seconds to
 import, and a node that dies meanwhile is to be missed at once.
 
-Node 0 listens where the store will be, the others connect and stay connected: the end of a process, however it comes,
-ends its connection. When torch is there, its store takes over the listening socket. Imports no torch.
+Node 0 listens at head:port; the others connect, say which they are, are greeted, stay connected, and are told the port
+of the store when there is one. The end of a process, however it comes, ends its connection. Imports no torch.
 """
 
 import socket
 import threading
-from collections import Counter
 from contextlib import suppress
 
-_GREETING = b"wan_dist\n"  # node 0 speaks first, which torch's store never does
-_GREETED_S = 1.0
-_LOOK_S = 0.05
+_GREETING = "wan_dist"
+_LINE_BYTES = 64  # at most, of what either end says
 _BACKLOG = 1024
 
 
 class Reception:
-    """Node 0's end. gone: the nodes that had come and have ended. Raises OSError where the port cannot be served."""
+    """Node 0's end, for as long as its process lives. Raises OSError where the port cannot be served."""
 
     def __init__(self, port: int) -> None:
-        self.gone: set[int] = set()
-        self._here: Counter[int] = Counter()  # connections by node: a number may be given twice by mistake
-        self._changing = threading.Lock()  # guards the two
+        self._here: list[tuple[int, socket.socket]] = []
+        self._came: set[int] = set()
+        self._store_port: int | None = None
+        self._changing = threading.Lock()  # guards the three
         self._listener = _listen(port)
         self.port: int = self._listener.getsockname()[1]
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._receive, name="reception", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._receive, name="reception", daemon=True).start()
 
-    def hand_over(self) -> int:
-        """Receive nobody any more; returns the descriptor of the listening socket, which is the caller's from now on.
-        Those who have come are still watched."""
-        self._closed.set()
-        self._thread.join()
-        return self._listener.detach()
+    @property
+    def gone(self) -> set[int]:
+        """The nodes that had come and have ended; a number that was given twice by mistake counts while one lives."""
+        with self._changing:
+            return self._came - {node for node, _ in self._here}
+
+    def tell(self, store_port: int) -> None:
+        """Where the store is: to those who are here, and who come."""
+        with self._changing:
+            self._store_port = store_port
+            for _, connection in self._here:
+                _say(connection, str(store_port))
 
     def _receive(self) -> None:
-        self._listener.settimeout(_LOOK_S)
-        while not self._closed.is_set():
-            with suppress(TimeoutError, ConnectionError):
+        while True:
+            with suppress(OSError):  # of one that has left already
                 connection, _ = self._listener.accept()
                 threading.Thread(target=self._attend, args=(connection,), name="presence", daemon=True).start()
 
     def _attend(self, connection: socket.socket) -> None:
-        with connection, suppress(OSError, ValueError):  # a stranger
-            connection.settimeout(None)
-            connection.sendall(_GREETING)
-            node = int(connection.recv(16))
+        with connection:
+            try:
+                node = int(_heard(connection))
+            except (OSError, ValueError):  # a stranger
+                return
+            here = (node, connection)
             with self._changing:
-                self._here[node] += 1
-                self.gone.discard(node)
+                self._here.append(here)
+                self._came.add(node)
+                _say(connection, _GREETING)
+                if self._store_port is not None:
+                    _say(connection, str(self._store_port))
             with suppress(OSError):
                 connection.recv(1)  # nothing comes but the end
             with self._changing:
-                self._here[node] -= 1
-                if not self._here[node]:
-                    self.gone.add(node)
+                self._here.remove(here)
 
 
 class Visit:
-    """Another node's end, kept open for as long as its process lives. gone: whether node 0 has ended."""
+    """Another node's end, for as long as its process lives. greeted: whether it is node 0 that answers (None: not yet).
+    store_port: what it has told. gone: whether it has ended."""
 
     def __init__(self, connection: socket.socket, node: int) -> None:
+        self.greeted: bool | None = None
+        self.store_port: int | None = None
         self.gone = False
         self._connection = connection
-        connection.settimeout(_GREETED_S)
-        try:
-            connection.recv(len(_GREETING))
-            connection.sendall(str(node).encode())
-        except TimeoutError:  # the store is there already, and knows who comes
-            connection.close()
-            return
-        except OSError:
-            self.gone = True
-            return
         connection.settimeout(None)
-        threading.Thread(target=self._wait, name="presence", daemon=True).start()
+        _say(connection, str(node))
+        threading.Thread(target=self._attend, name="presence", daemon=True).start()
 
-    def _wait(self) -> None:
-        with suppress(OSError):
-            self._connection.recv(1)
+    def _attend(self) -> None:
+        with suppress(OSError, ValueError):
+            if line := _heard(self._connection):
+                self.greeted = line == _GREETING
+            if self.greeted:
+                self.store_port = int(_heard(self._connection))
+                self._connection.recv(1)  # nothing comes but the end
         self.gone = True
+
+
+def _say(connection: socket.socket, line: str) -> None:
+    with suppress(OSError):  # it has ended, which is noticed where it is listened to
+        connection.sendall(f"{line}\n".encode())
+
+
+def _heard(connection: socket.socket) -> str:
+    """One line; empty where the other end is gone."""
+    heard = b""
+    while not heard.endswith(b"\n") and len(heard) < _LINE_BYTES:
+        more = connection.recv(1)
+        if not more:
+            return ""
+        heard += more
+    return heard.decode("ascii", "replace").strip()
 
 
 def _listen(port: int) -> socket.socket:

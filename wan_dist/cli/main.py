@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -53,8 +54,18 @@ def main() -> NoReturn:
             _ignore_stops()
             print(f"wan-dist: {stop}", file=sys.stderr)
             code = EXIT_STOPPED if isinstance(stop, StoppedRunError) else FAILED
-        sys.exit(code)
+        leave(code)
     _torchrun_rank(sys.argv[1:], env)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process past the interpreter's teardown, which unwinds threads that are inside torch's store; that
+    aborts it ("terminate called without an active exception")."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # the reader of a pipe may be gone
+            stream.flush()
+    os._exit(code)
 
 
 def _ignore_stops() -> None:
