@@ -158,7 +158,7 @@ def _read_state(file: Path, settings: Settings) -> dict[str, Any] | None:
         found = torch.load(file, map_location=settings.device, weights_only=True)
         arguments = found["arguments"]
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): remove it to begin anew") from error
+        raise ValueError(f"{file} is no state of this training that can be read: remove it to begin anew") from error
     if arguments != settings.identity:
         typed = " ".join(f"--{name} {value}" for name, value in arguments.items())
         raise ValueError(f"{file} is the state of a run with {typed}: {remedy}")
