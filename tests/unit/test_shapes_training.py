@@ -141,7 +141,7 @@ def test_a_ring_keeps_the_latest_clips():
     ring = LatentRing(vae, 0, 64, 64, capacity=2)
     ring.fill(go_on)
     first = ring.draw(4, _Slots(0, 1, 0, 1))
-    ring.add()
+    ring.add(3)
     later = ring.draw(4, _Slots(0, 1, 0, 1))
     assert ring.made == 4 and first[0] == [ring._clip(n) for n in (0, 1, 0, 1)]
     assert later[0] == [ring._clip(n) for n in (2, 3, 2, 3)]

@@ -28,10 +28,10 @@ from wan_dist.shapes.evaluation import share_drawn_as_asked
 from wan_dist.shapes.latents import LatentRing
 from wan_dist.shapes.optimizer import Rates, Trained, cosine, warm_up
 from wan_dist.shapes.pad_token import encode_text, install_one_pad_token
-from wan_dist.shapes.precision import fast_numbers, plain_attention
+from wan_dist.shapes.precision import fast_numbers
 
 _SQUARE, _WIDE, _TALL = (64, 64), (64, 96), (96, 64)  # height, width in pixels
-_REFILL_EVERY = 4  # steps; every eighth time a ring of wide or tall clips
+_REFILL_EVERY = 4  # steps, with a quarter of a batch; every eighth time with wide or tall clips
 _TEXT_TOKENS = 512  # to which `WanPipeline` pads
 _OTHER_PADDING = 0.2  # the share of steps that see another number of pad tokens
 _RATES = Rates(muon=3e-3, adamw=2e-3, muon_decay=0.02, adamw_decay=0.0, mean_decay=0.9985, mean_delay=19)
@@ -93,14 +93,15 @@ class DenoiserTraining:
         generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + step)
         if step and step % _REFILL_EVERY == 0:
             others = step % (8 * _REFILL_EVERY) == 0
-            self._rings[rng.choice((_WIDE, _TALL)) if others else _SQUARE].add()
+            ring = self._rings[rng.choice((_WIDE, _TALL)) if others else _SQUARE]
+            ring.add(max(1, self.recipe.clips // _REFILL_EVERY))
         clips, clean = self._batch(step / self.steps, rng, generator)
         sigma, timestep = (part.to(self.device) for part in _noise_levels(len(clips), generator))
         noise = torch.randn(clean.shape, generator=generator).to(self.device)
         noisy = clean + sigma.view(-1, 1, 1, 1, 1) * (noise - clean)
         words = self.tokenizer([training_caption(clip, rng) for clip in clips], padding=True, return_tensors="pt")
         self._pads.stands_for = _padding(rng, words.input_ids.shape[1])
-        with fast_numbers(self.device), plain_attention(self.device):
+        with fast_numbers(self.device):
             text = encode_text(
                 model["text_encoder"], *(words[key].to(self.device) for key in ("input_ids", "attention_mask"))
             )

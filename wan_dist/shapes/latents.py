@@ -18,7 +18,7 @@ from wan_dist.shapes.precision import fast_numbers
 
 FRAMES = 17  # of every clip; the VAE is causal, so the latents of fewer frames are the first of these
 _LATENT_FRAMES, _PIXELS = 5, 8  # of 17 frames; pixels a latent pixel, in height and in width
-_GROUP = 16  # clips that are encoded at once
+_GROUP = 16  # clips that are encoded at once, to fill a ring
 
 
 class LatentRing:
@@ -35,12 +35,12 @@ class LatentRing:
         """Until there are N. pause: called between groups, may raise."""
         while self.made < self.capacity:
             pause()
-            self.add()
+            self.add(_GROUP)
 
     @torch.no_grad()
-    def add(self) -> None:
-        """Encode new clips in place of the oldest."""
-        numbers = range(self.made, self.made + min(_GROUP, self.capacity))
+    def add(self, count: int) -> None:
+        """Encode `count` new clips in place of the oldest; all of them where there are fewer."""
+        numbers = range(self.made, self.made + min(count, self.capacity))
         clips = np.stack([render(self._clip(number), *self.size, FRAMES) for number in numbers])
         with fast_numbers(self.vae.device):
             posterior = self.vae.encode(torch.from_numpy(clips).to(self.vae.device)).latent_dist

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
@@ -16,15 +15,4 @@ def fast_numbers(device: torch.device) -> Iterator[None]:
     else:
         in_bf16 = True
     with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
-        yield
-
-
-@contextmanager
-def plain_attention(device: torch.device) -> Iterator[None]:
-    """On a CPU, attention as two matrix products and a softmax: over the few tokens of a small clip the backward pass
-    of the fused kernel takes longer."""
-    if device.type != "cpu":
-        yield
-        return
-    with sdpa_kernel(SDPBackend.MATH):
         yield
