@@ -10,7 +10,7 @@ import torch
 def fast_numbers(device: torch.device) -> Iterator[None]:
     """bf16 autocast where the device multiplies bf16; a CPU that does not is ten times slower in it than in fp32."""
     if device.type == "cpu":
-        known = torch.cpu.get_capabilities()
+        known = getattr(torch.cpu, "get_capabilities", dict)()  # not every supported release of torch can tell
         in_bf16 = bool(known.get("avx512_bf16") or known.get("amx_bf16"))
     else:
         in_bf16 = True

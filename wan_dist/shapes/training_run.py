@@ -80,7 +80,7 @@ class TrainingRun:
     def train(self) -> Path:
         """Returns the checkpoint's folder. Raises StoppedError once the state is saved."""
         settings = self.settings
-        found = self._found
+        found, self._found = self._found, None
         if found is None or found["stage"] == AutoencoderTraining.name:
             first = AutoencoderTraining(
                 AutoencoderRecipe().scaled(settings.fraction, settings.batch), settings.seed, settings.device
@@ -121,8 +121,8 @@ class TrainingRun:
         while True:
             step = stage.trained.steps_done
             if step % every == 0 or step == stage.steps:
-                figures = stage.evaluate(self.settings.evaluate, self.pause)
-                self._report(stage, losses, time.monotonic() - begin, figures)
+                seconds = time.monotonic() - begin
+                self._report(stage, losses, seconds, stage.evaluate(self.settings.evaluate, self.pause))
                 losses, begin = [], time.monotonic()
             if step == stage.steps:
                 return
@@ -156,7 +156,7 @@ def _read_state(file: Path, settings: Settings) -> dict[str, Any] | None:
     remedy = f"type these, or another --output, or remove {file}"
     try:
         found = torch.load(file, map_location=settings.device, weights_only=True)
-        arguments = found["arguments"]
+        arguments, *_ = found["arguments"], found["stage"], found["state"]
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{file} is no state of this training that can be read: remove it to begin anew") from error
     if arguments != settings.identity:
