@@ -8,6 +8,7 @@ import argparse
 import math
 import os
 import sys
+import warnings
 from pathlib import Path
 
 # A checkout's launcher runs the checkout's package, installed or not.
@@ -86,6 +87,8 @@ def main(arguments=None) -> int:
     from wan_dist.shapes.training_run import Settings, TrainingRun
 
     transformers.logging.disable_progress_bar()
+    # Of diffusers' norms under autocast, which are right all the same.
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     if typed.threads is not None:
         torch.set_num_threads(typed.threads)
     try:
