@@ -1,10 +1,12 @@
 """Running the real commands as a user would."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 REPO = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -48,3 +50,12 @@ def wan_dist(*overrides: str, cwd: Path, timeout: float = 120, **env: str) -> su
 def torchrun(ranks: int, *overrides: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     launcher = str(REPO / "launch" / "generate.py")
     return run(["torchrun", "--nproc-per-node", str(ranks), launcher, *overrides], cwd, **env)
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script of `launch` as a module, not run."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.commands import REPO
+from support.commands import REPO, load_script
 from wan_dist.cli.free_text import is_multirun, literal_overrides
 from wan_dist.cli.overrides import check_overrides
 from wan_dist.cli.slurm_launcher import register_launcher
@@ -33,6 +33,10 @@ def test_command_composes(command):
         parsed = get_args_parser().parse_args(words[1:])
         assert (REPO / parsed.training_script).is_file()
         arguments = parsed.training_script_args
+    elif words[0] == "python":
+        script = load_script(REPO / words[1])
+        assert script.parser().parse_args(words[2:]).output
+        return
     elif words[0] in ("scontrol", "scancel"):
         assert words[-1] == "JOB"  # the tests of Slurm do the same to jobs of theirs
         return

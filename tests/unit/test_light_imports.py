@@ -13,6 +13,8 @@ LIGHT = {
     "wan_dist.planning.traffic, wan_dist.planning.cost, wan_dist.planning.patience": (*HEAVY, "hydra"),
     "wan_dist.agent.watchdog, wan_dist.agent.nodes, wan_dist.agent.resume": (*HEAVY, "hydra"),
     "wan_dist.config.freeze, wan_dist.config.store, wan_dist.config.normalise": (*HEAVY, "hydra"),
+    "wan_dist.shapes.vocabulary, wan_dist.shapes.outlines, wan_dist.shapes.meaning": (*HEAVY, "hydra"),
+    "wan_dist.shapes.clips, wan_dist.shapes.captions": (*HEAVY, "hydra"),
     "wan_dist.cli.main, wan_dist.cli.overrides": (*HEAVY, "huggingface_hub"),
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from wan_dist.agent import line, nodes
-from wan_dist.agent.nodes import Meeting, Node, find_node, interface_towards, slurm_address
+from wan_dist.agent.nodes import Arrival, Meeting, Node, find_node, interface_towards, slurm_address, typed_node
 from wan_dist.config.schema import LaunchConfig, ParallelismConfig
 from wan_dist.planning.degrees import choose_degrees
 from wan_dist.planning.refusal import RefusedError
@@ -65,6 +65,29 @@ def test_slurm_is_not_contradicted():
     assert "2 node" in refused(STEP, nodes=3)["launch.nodes"]
     assert "node 1" in refused(STEP, node_rank=0)["launch.node_rank"]
     assert find(STEP, nodes=2, node_rank=1).rank == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "node"),
+    [
+        ("launch.nodes=2 launch.node_rank=1 launch.head=h-1.x", Node(1, 2, "h-1.x", 29500)),
+        ("launch.nodes=2 launch.node_rank=0 launch.head=::1 launch.port=7", Node(0, 2, "::1", 7)),
+        ("launch.nodes=2 launch.head=h", None),
+        ("launch.nodes=1 launch.node_rank=0", None),
+        ("launch.nodes=2 launch.node_rank=2 launch.head=h", None),
+        ("launch.nodes=two launch.node_rank=0 launch.head=h", None),
+        ("launch.nodes=${x} launch.node_rank=0 launch.head=h", None),
+        ("prompt=launch.nodes=2", None),
+    ],
+)
+def test_a_command_line_names_its_node_before_it_is_composed(words, node):
+    assert typed_node(words.split()) == node
+
+
+def test_an_early_arrival_is_the_nodes_only_where_it_is_that_node():
+    arrival = Arrival(Node(0, 2, "127.0.0.1", 0))
+    assert arrival.reception_for(Node(0, 2, "127.0.0.1", 0)) is arrival.reception_for(Node(0, 2, "127.0.0.1", 0))
+    assert arrival.reception_for(Node(0, 3, "127.0.0.1", 0)) is not arrival.reception_for(Node(0, 2, "127.0.0.1", 0))
 
 
 def test_ranks_divide_over_nodes():

@@ -16,9 +16,9 @@ print(Reception(0).port, flush=True)
 time.sleep(60)
 """
 ANOTHER = """
-import socket, sys, time
+import sys, time
 from wan_dist.agent.presence import Visit
-visit = Visit(socket.create_connection(("127.0.0.1", int(sys.argv[1]))), int(sys.argv[2]))
+visit = Visit("127.0.0.1", int(sys.argv[1]), int(sys.argv[2]))
 time.sleep(60)
 """
 
@@ -39,7 +39,7 @@ def here(reception: Reception) -> list[int]:
 
 
 def visit(port: int, node: int) -> Visit:
-    return Visit(socket.create_connection(("127.0.0.1", port)), node)
+    return Visit("127.0.0.1", port, node)
 
 
 def test_a_node_that_is_killed_is_missed_before_and_after_there_is_a_store():
@@ -96,3 +96,12 @@ def test_strangers_are_nobody_at_either_end():
         connection.sendall(b"HTTP/1.1 400 Bad Request\r\n")
         assert comes_true(lambda: mine.greeted is False)
         connection.close()
+
+
+def test_another_node_may_come_first():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    early = visit(port, 1)
+    assert comes_true(lambda: early.error is not None) and not early.connected
+    reception = Reception(port)
+    assert comes_true(lambda: early.greeted) and here(reception) == [1]

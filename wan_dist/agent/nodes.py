@@ -6,12 +6,14 @@ which torchrun's static rendezvous and the ranks then use as well; a run on one 
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -31,6 +33,7 @@ _ANSWER_S = 30.0  # a store that is there answers at once
 _HEARD_S = 5.0  # the others leave without a word only where they are refused
 _TELL_S = 5.0  # of waiting, before the user is told for whom
 _NODE_0_LEFT = "node 0 left before the ranks were started; its own output says why"
+_TYPED = re.compile(r"launch\.(nodes|node_rank|head|port)=([\w.:\-]+)")
 _POLL_S = 0.05  # waiting inside the store's own calls would leave signals unheard
 
 
@@ -110,24 +113,63 @@ def _output(*command: str) -> str:
         return ""
 
 
+class Arrival:
+    """This process's coming to a run, as early as its command line says to which: before anything is composed, which
+    takes a second. What is composed in the end decides; where that is another node, this arrival is none."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._visit = Visit(node.head, node.port, node.rank) if node.rank else None
+        self._reception: Reception | None = None
+        if self._visit is None:
+            with suppress(OSError):  # which is told where the run is refused for it
+                self._reception = Reception(node.port)
+
+    def reception_for(self, node: Node) -> Reception:
+        """Raises RefusedError."""
+        return self._reception if self._reception is not None and node == self._node else _receive(node)
+
+    def visit_for(self, node: Node) -> Visit:
+        """This one's, or a new one."""
+        return self._visit if self._visit is not None and node == self._node else Visit(node.head, node.port, node.rank)
+
+
+def typed_node(arguments: Sequence[str]) -> Node | None:
+    """The node that a command line names, of a run on several; None where it does not, or not in so many words."""
+    typed = {match[1]: match[2] for match in map(_TYPED.fullmatch, arguments) if match is not None}
+    try:
+        numbers = {key: int(text) for key, text in typed.items() if key != "head"}
+        launch = LaunchConfig(
+            nodes=numbers.get("nodes", 1),
+            node_rank=numbers.get("node_rank"),
+            head=typed.get("head"),
+            port=numbers.get("port"),
+        )
+    except ValueError:
+        return None
+    return None if launch.nodes < 2 or _launch_refusals(launch) else find_node(launch, None, str)
+
+
 class Meeting:
     """The store of a run's agents, and what they agree on there before ranks start.
 
     Raises RefusedError where node 0 cannot serve it, or is not found there; LostNodeError where a node goes away.
     """
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, arrival: "Arrival | None" = None) -> None:
+        """arrival: this process's, where it has come already."""
         self.node = node
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a peer that leaves is told of by us, once
         self._reception: Reception | None = None
         if node.count == 1:
             self.store = _open_store(node, node.port)
         elif node.rank == 0:
-            self._reception = _receive(node)
+            self._reception = arrival.reception_for(node) if arrival is not None else _receive(node)
             self.store = _open_store(node, 0)
             self._reception.tell(self.store.port)
         else:
-            visit = _find_node_0(node)
+            visit = arrival.visit_for(node) if arrival is not None else Visit(node.head, node.port, node.rank)
+            _wait_for_node_0(node, visit)
             self.store = _open_store(node, _store_port(node, visit), visit)
         me = f"{socket.gethostname()}, process {os.getpid()}"
         other = self.store.compare_set(f"wan_dist/node/{node.rank}", "", me).decode()
@@ -237,20 +279,16 @@ def _receive(node: Node) -> Reception:
         _refuse_meeting(node, error)
 
 
-def _find_node_0(node: Node) -> Visit:
-    """Wait for node 0, and tell it who has come."""
+def _wait_for_node_0(node: Node, visit: Visit) -> None:
     told, start = False, time.monotonic()
-    while True:
-        try:
-            return Visit(socket.create_connection((node.head, node.port), timeout=2), node.rank)
-        except OSError as error:
-            waited = time.monotonic() - start
-            if waited > _MEET_S or isinstance(error, socket.gaierror):
-                _refuse_meeting(node, error)
-            if not told and waited > _TELL_S:
-                print(f"wan-dist: waiting for node 0 at {node.head}:{node.port}", file=sys.stderr, flush=True)
-                told = True
-            time.sleep(_POLL_S)
+    while not visit.connected:
+        waited, error = time.monotonic() - start, visit.error
+        if error is not None and (waited > _MEET_S or isinstance(error, socket.gaierror)):
+            _refuse_meeting(node, error)
+        if not told and waited > _TELL_S:
+            print(f"wan-dist: waiting for node 0 at {node.head}:{node.port}", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(_POLL_S)
 
 
 def _store_port(node: Node, visit: Visit) -> int:

@@ -7,10 +7,12 @@ of the store when there is one. The end of a process, however it comes, ends its
 
 import socket
 import threading
+import time
 from contextlib import suppress
 
 _GREETING = "wan_dist"
 _LINE_BYTES = 64  # at most, of what either end says
+_CONNECT_S, _AGAIN_S = 2.0, 0.05
 _BACKLOG = 1024
 
 
@@ -65,19 +67,30 @@ class Reception:
 
 
 class Visit:
-    """Another node's end, for as long as its process lives. greeted: whether it is node 0 that answers (None: not yet).
-    store_port: what it has told. gone: whether it has ended."""
+    """Another node's end, for as long as its process lives; it goes on trying until node 0 is there.
 
-    def __init__(self, connection: socket.socket, node: int) -> None:
+    connected: whether something answers. error: of the last attempt. greeted: whether it is node 0 that answers (None:
+    not yet). store_port: what it has told. gone: whether it has ended.
+    """
+
+    def __init__(self, head: str, port: int, node: int) -> None:
+        self.connected = self.gone = False
+        self.error: OSError | None = None
         self.greeted: bool | None = None
         self.store_port: int | None = None
-        self.gone = False
-        self._connection = connection
-        connection.settimeout(None)
-        _say(connection, str(node))
+        self._address, self._node = (head, port), node
         threading.Thread(target=self._attend, name="presence", daemon=True).start()
 
     def _attend(self) -> None:
+        while not self.connected:
+            try:
+                self._connection = socket.create_connection(self._address, timeout=_CONNECT_S)
+                self.connected = True
+            except OSError as error:
+                self.error = error
+                time.sleep(_AGAIN_S)
+        self._connection.settimeout(None)
+        _say(self._connection, str(self._node))
         with suppress(OSError, ValueError):
             if line := _heard(self._connection):
                 self.greeted = line == _GREETING

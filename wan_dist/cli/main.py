@@ -25,7 +25,7 @@ from wan_dist.agent.launch import (
     ending_signals,
     launch,
 )
-from wan_dist.agent.nodes import LostNodeError, Meeting, Node, find_node, slurm_address
+from wan_dist.agent.nodes import Arrival, LostNodeError, Meeting, Node, find_node, slurm_address, typed_node
 from wan_dist.agent.plan import show_plan
 from wan_dist.agent.prepare import Checked, Invocation, check, freeze_run, run_id
 from wan_dist.cli.compose import FAILED, REFUSED, compose_and_run
@@ -47,7 +47,8 @@ def main() -> NoReturn:
     if env is None:
         try:
             _stop_on_signals()
-            jobs = Jobs()
+            node = typed_node(sys.argv[1:]) if slurm_step() is None else None  # Slurm ends its other tasks itself
+            jobs = Jobs(None if node is None else Arrival(node))
             code = compose_and_run(sys.argv[1:], jobs.run, default_dir=None, world=None, local_ranks=None)
             _ignore_stops()
         except InterruptedRunError as stop:
@@ -78,7 +79,8 @@ def _ignore_stops() -> None:
 class Jobs:
     """The jobs of one `wan-dist` command line: one, or a sweep's, one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, arrival: Arrival | None = None) -> None:
+        self._arrival = arrival
         self._written: set[tuple[str, str]] = set()
         self._meeting: Meeting | None = None
         self._count = 0
@@ -152,7 +154,7 @@ class Jobs:
 
     def _meet(self, node: Node) -> Meeting:
         if self._meeting is None:
-            self._meeting = Meeting(node)
+            self._meeting = Meeting(node, self._arrival)
         return self._meeting
 
 

@@ -1,0 +1,73 @@
+"""The trained parts of `wan_shapes`, as a pipeline of diffusers and as a folder in its format."""
+
+import copy
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+
+from wan_dist.output.names import temporary_path
+from wan_dist.shapes.architecture import build_scheduler
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that has been made; the scheduler is always the same."""
+
+    tokenizer: Any
+    text_encoder: Any
+    transformer: WanTransformer3DModel
+    vae: AutoencoderKLWan
+
+    def pipeline(self) -> WanPipeline:
+        """diffusers' own, over these very parts."""
+        return WanPipeline(
+            tokenizer=self.tokenizer,
+            text_encoder=self.text_encoder,
+            transformer=self.transformer,
+            vae=self.vae,
+            scheduler=build_scheduler(),
+        )
+
+
+def save_checkpoint(parts: Parts, folder: Path) -> None:
+    """Write `folder`, transformer and VAE in fp16, in place of what is there. It is whole or not there at all."""
+    text_encoder = copy.deepcopy(parts.text_encoder).cpu()
+    halved = Parts(parts.tokenizer, text_encoder, _halved(parts.transformer), _halved(parts.vae))
+    scratch = temporary_path(folder)
+    shutil.rmtree(scratch, ignore_errors=True)
+    halved.pipeline().save_pretrained(scratch)
+    _name_tokenizer(scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+
+
+def _halved(model: Any) -> Any:
+    """A copy on the CPU, in fp16."""
+    copied = copy.deepcopy(model).cpu()
+    for weight in copied.parameters():
+        weight.data = weight.data.to(torch.float16, memory_format=torch.contiguous_format)
+    return copied
+
+
+def _name_tokenizer(folder: Path) -> None:
+    """Under the class that older releases of transformers have, too; this one writes a new name for the same."""
+    for path, edit in (
+        (folder / "tokenizer" / "tokenizer_config.json", _set_class),
+        (folder / "model_index.json", _set_component),
+    ):
+        content = json.loads(path.read_text())
+        edit(content)
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _set_class(config: dict[str, Any]) -> None:
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+
+
+def _set_component(index: dict[str, Any]) -> None:
+    index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
