@@ -11,7 +11,7 @@ BLOCKS, HEADS, HEAD_DIM, RANKS, FORWARDS, FP32, BF16 = 2, 4, 32, 2, 2, 4, 2
 TOKENS = 1 * (16 // 2) * (16 // 2)
 LATENT_FRAMES, LATENT_ROWS, LATENT_COLUMNS, STRIDE = 2, 1, 4, 8
 WIDTH_14B, BLOCKS_14B, TOKENS_480P, TOKENS_720P = 5120, 2, 32760, 75600
-STATE_ROWS = 16
+STATE_ROWS, SCENES = 16, 2
 STREAMED_BLOCKS = 6  # more than the deepest ring has slots
 
 SHAPE = [f"bench.blocks={BLOCKS}", f"bench.heads={HEADS}", f"bench.head_dim={HEAD_DIM}", "bench.ffn=128"]
@@ -31,6 +31,10 @@ COMMANDS = {
     "state": [
         *("bench=state", *SHAPE, "bench.repeats=3", "sampler.steps=4"),
         *("bench.frames=1", f"bench.rows={STATE_ROWS}", "bench.columns=2"),
+    ],
+    "meaning": [
+        *("bench=meaning", f"bench.scenes={SCENES}", f"parallelism.cfg={RANKS}"),
+        *("sampler.steps=10", "video.num_frames=9", "sampler.seed=3"),
     ],
     "scale": ["bench=scale", f"bench.blocks={BLOCKS_14B}", "bench.worlds=[8,64]"],
     "scale sharded": [
@@ -175,6 +179,20 @@ def test_blocks_that_stay_and_branches_that_share_a_visit_save_copies(benches):
         assert line["device_weight_bytes"] == whole - line["host_bytes"] + (line["prefetch"] + 1) * block
         of_a_gpu = ("hidden", "predicted_s", "predicted_hidden", "planned_prefetch", "peak_device_bytes")
         assert {line[key] for key in of_a_gpu} == {None} and line["pinned"] is False
+
+
+def test_meaning_is_read_on_one_rank_and_on_the_mesh(benches):
+    lines, table, _ = benches["meaning"]
+    assert [(line["case"], line["ranks"], line["scenes"]) for line in lines] == [
+        ("one_rank", 1, SCENES),
+        ("mesh", RANKS, SCENES),
+    ]
+    for line in lines:
+        shares = [line[question] for question in ("colour", "shape", "direction", "background", "present", "all")]
+        assert all(share in (0, 0.5, 1) for share in shares) and line["background"] == line["present"] == 1
+        assert len(line["missed"]) == SCENES * (1 - line["all"])
+    assert lines[1]["largest_difference"]["latents"] <= 1e-4 and lines[1]["largest_difference"]["frames"] <= 1
+    assert "largest difference: latents" in table and "step 1/" not in table
 
 
 def test_saving_states_is_measured_in_pairs_of_turns(benches):
