@@ -70,4 +70,4 @@ def test_a_terminal_that_is_gone_fails_nothing():
 
     preview = Preview(1)
     preview.append(torch.zeros(1, 2, 2, 3, dtype=torch.uint8))
-    preview.show(Gone(), TRUE)
+    assert preview.show(Gone(), TRUE) is None
