@@ -60,8 +60,10 @@ def main() -> NoReturn:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process past the interpreter's teardown, which unwinds threads that are inside torch's store; that
-    aborts it ("terminate called without an active exception")."""
+    """End this process; where torch came into it, past the interpreter's teardown, which unwinds threads that are
+    inside torch's store: that aborts it ("terminate called without an active exception")."""
+    if "torch" not in sys.modules:
+        sys.exit(code)
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # the reader of a pipe may be gone
