@@ -1,6 +1,7 @@
 """`task=plan`, and that runs bear it out: what they take, what they send, what they refuse."""
 
 import json
+import re
 import shutil
 import struct
 import time
@@ -30,7 +31,7 @@ REAL = {
     ),
 }  # fmt: skip
 MAIN = """
-import sys
+import sys, time
 from wan_dist.cli.main import main
 code = None
 try:
@@ -40,6 +41,7 @@ except SystemExit as leave:
 maps = open("/proc/self/maps").read() if sys.platform == "linux" else ""
 heavy = [name for name in ("torch", "diffusers", "transformers") if name in sys.modules]
 heavy += [name for name in ("libcuda", "libcudart", "libtorch", "libnccl") if name in maps]
+print("processor seconds:", time.process_time(), file=sys.stderr)
 print("heavy:", *heavy, file=sys.stderr)
 sys.exit(code)
 """
@@ -47,13 +49,11 @@ sys.exit(code)
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """`{case: (finished command, seconds, its folder)}`"""
+    """`{case: (finished command, its folder)}`"""
 
     def answer(overrides):
         cwd = tmp_path_factory.mktemp("cwd")
-        begin = time.monotonic()
-        end = run(["python", "-c", MAIN, "task=plan", *overrides], cwd)
-        return end, time.monotonic() - begin, cwd
+        return run(["python", "-c", MAIN, "task=plan", *overrides], cwd), cwd
 
     calls = [lambda overrides=overrides: answer(overrides) for _, overrides in REAL.values()]
     return dict(zip(REAL, together(*calls), strict=True))
@@ -61,7 +61,7 @@ def answers(tmp_path_factory):
 
 @pytest.mark.parametrize("case", REAL)
 def test_the_real_command(answers, case):
-    (end, seconds, cwd), code = answers[case], REAL[case][0]
+    (end, cwd), code = answers[case], REAL[case][0]
     assert end.returncode == code, end.stderr
     assert "Traceback" not in end.stderr
     document = json.loads(end.stdout)  # one object, and nothing else
@@ -69,7 +69,7 @@ def test_the_real_command(answers, case):
     assert end.stderr.count("\n| best |") == (code == 0)
     if code == 2:
         assert "does not fit" in end.stderr and "GB a rank" in end.stderr and "try, in order: " in end.stderr
-    assert seconds < 5
+    assert float(re.search(r"^processor seconds: (\S+)$", end.stderr, re.MULTILINE)[1]) < 5  # however busy the machine
     assert "heavy:\n" in end.stderr, end.stderr.splitlines()[-1]
     assert list(cwd.iterdir()) == []
 
