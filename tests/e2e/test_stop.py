@@ -56,7 +56,7 @@ SITECUSTOMIZE = textwrap.dedent(
 
                 def slow_step(self, done, of):
                     mark_step(self, done, of)
-                    time.sleep(0.15 if "SLOW_STEPS" in os.environ else 0)
+                    time.sleep(float(os.environ.get("SLOW_STEPS", "0")))
 
                 module.RankReport.timed, module.RankReport.mark_step = slow_phase, slow_step
 
@@ -166,7 +166,7 @@ def by_phases(chain: Chain) -> dict[str, Ended]:
     one = ("parallelism=single", RESUME)
     ends = {
         "encode": chain.disturbed(in_phase("encode", signal.SIGTERM), *one, SLOW_PHASE="encode"),
-        "killed": chain.disturbed(killed_with_a_state, *one, "output.checkpoint_every=1", SLOW_STEPS="1"),
+        "killed": chain.disturbed(killed_with_a_state, *one, "output.checkpoint_every=1", SLOW_STEPS="0.15"),
         "load": chain.disturbed(in_phase("load", signal.SIGUSR1), *one, SLOW_PHASE="load"),
         "write": chain.disturbed(in_phase("write", signal.SIGUSR1), *one, SLOW_PHASE="write"),
         "decode": chain.disturbed(in_phase("decode", signal.SIGTERM), *one, SLOW_PHASE="decode"),
@@ -179,9 +179,9 @@ def by_ranks(chain: Chain) -> dict[str, Ended]:
     two, asked = ("parallelism.ulysses=2", RESUME), signal.SIGTERM
     agent = in_mid_denoise(lambda run: run.process.send_signal(asked))
     rank = in_mid_denoise(lambda run: run.rank(1).send_signal(asked))
-    ends = {"agent": chain.disturbed(agent, *two, SLOW_STEPS="1")}
+    ends = {"agent": chain.disturbed(agent, *two, SLOW_STEPS="0.15")}
     copy = shutil.copytree(chain.folder, chain.folder.with_name(chain.folder.name + "-copy"))
-    ends["rank"] = chain.disturbed(rank, *two, SLOW_STEPS="1")
+    ends["rank"] = chain.disturbed(rank, *two, SLOW_STEPS="0.15")
     ends["end"] = chain.finished("parallelism=single", RESUME)
     shutil.copytree(copy, chain.folder / "stopped")  # as the first of them has left it, to be refused
     return ends
@@ -195,6 +195,7 @@ def stalls(chain: Chain, rank: int, *settings: str) -> Ended:
         run.rank(rank).send_signal(signal.SIGSTOP)
 
     stop = in_mid_denoise(send)
+    # Slow enough for it to be in its steps still when it has been continued, to write its stacks.
     return chain.disturbed(stop, *settings, "runtime.stall_timeout_s=5", SLOW_STEPS="1")
 
 
