@@ -24,6 +24,11 @@ def parser() -> argparse.ArgumentParser:
     typed.add_argument("--fraction", type=positive, default=1.0, help="of all steps (default 1.0)")
     typed.add_argument("--batch", type=positive, default=1.0, help="of the batch sizes (default 1.0)")
     typed.add_argument("--seed", type=natural, default=0, help="of weights, clips and noise (default 0)")
+    typed.add_argument(
+        "--finetune",
+        type=Path,
+        help="checkpoint whose denoiser is trained on, its VAE as it is (default: from nothing)",
+    )
     typed.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     typed.add_argument("--threads", type=counting, help="on the CPU (default: torch's)")
     typed.add_argument("--evaluate", type=counting, default=24, help="scenes in an evaluation (default 24)")
@@ -81,11 +86,13 @@ def main(arguments=None) -> int:
         request.hold()
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
+    import diffusers
     import torch
     import transformers
 
     from wan_dist.shapes.training_run import Settings, TrainingRun
 
+    diffusers.utils.logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()
     # Of diffusers' norms under autocast, which are right all the same.
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
@@ -100,6 +107,7 @@ def main(arguments=None) -> int:
             seed=typed.seed,
             device=chosen_device(typed.device),
             evaluate=typed.evaluate,
+            finetune=typed.finetune,
         )
         run = TrainingRun(settings, pause)
     except (OSError, ValueError) as error:

@@ -113,6 +113,12 @@ class Network:
         """`up` or `down`: at the bridge's end, as when a cable is pulled."""
         _ip("link", "set", f"{self.tag}-v{number}", state)
 
+    def steps(self, number: int) -> list[int]:
+        """Process ids of the job steps that a node runs."""
+        inside = _ip("netns", "pids", self.namespace(number)).split()
+        named = [process for process in psutil.process_iter(["name"]) if process.info["name"].startswith("slurmstepd")]
+        return [process.pid for process in named if str(process.pid) in inside]
+
     def down(self) -> None:
         """Remove whatever is there of it."""
         for number in range(1, self.nodes + 1):
@@ -207,10 +213,15 @@ class Cluster:
         assert self.network is not None, "only nodes with a network of their own can be cut off"
         self.network.set_link(int(node.removeprefix("node")), "down")
 
-    def restore(self, node: str) -> None:
-        """Give a node its network back."""
+    def restore(self, node: str, timeout: float = 60) -> None:
+        """Give a node its network back, and wait until it has let go of the jobs that were taken from it: ending those,
+        it would kill one that was requeued and has the same number."""
         assert self.network is not None, "only nodes with a network of their own can be cut off"
-        self.network.set_link(int(node.removeprefix("node")), "up")
+        number, give_up = int(node.removeprefix("node")), time.monotonic() + timeout
+        self.network.set_link(number, "up")
+        while self.network.steps(number):
+            assert time.monotonic() < give_up, f"{node} still runs steps of jobs that were taken from it"
+            time.sleep(0.1)
 
 
 @contextmanager
@@ -372,9 +383,10 @@ def _free_ports(count: int) -> list[int]:
         return ports
 
 
-def _ip(*words: str, check: bool = True) -> None:
+def _ip(*words: str, check: bool = True) -> str:
     done = subprocess.run(["ip", *words], capture_output=True, text=True, env={**os.environ, "PATH": _path()})
     assert done.returncode == 0 or not check, f"ip {' '.join(words)}: {done.stderr}"
+    return done.stdout
 
 
 def _host() -> str:

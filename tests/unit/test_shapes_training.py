@@ -13,7 +13,7 @@ from support.checkpoints import WAN_SHAPES
 from support.commands import REPO, load_script
 from wan_dist.shapes.architecture import build_autoencoder, build_text_encoder, build_tokenizer, build_transformer
 from wan_dist.shapes.autoencoder_training import AutoencoderRecipe, AutoencoderTraining, decode_unclamped
-from wan_dist.shapes.checkpoint import Parts, save_checkpoint
+from wan_dist.shapes.checkpoint import Parts, load_checkpoint, save_checkpoint
 from wan_dist.shapes.denoiser_training import DenoiserRecipe, DenoiserTraining
 from wan_dist.shapes.latents import LatentRing
 from wan_dist.shapes.optimizer import Rates, Trained, cosine, orthogonal, warm_up
@@ -190,6 +190,22 @@ def test_going_on_is_as_if_never_stopped(stage):
     assert not same(state, whole.state_dict())
 
 
+def test_what_is_trained_on_begins_as_it_was_and_keeps_its_vae(tmp_path):
+    shipped = load_checkpoint(WAN_SHAPES)
+    recipe = DenoiserRecipe(steps=3, clips=4, kept=4)
+    new, trained = (DenoiserTraining(recipe, 0, CPU, shipped.vae.state_dict(), parts) for parts in (None, shipped))
+    for training in (new, trained):
+        training.prepare(go_on)
+    for name in ("transformer", "text_encoder"):
+        assert same(getattr(trained.parts(), name).state_dict(), getattr(shipped, name).state_dict())
+    assert trained.train_step() < 0.75 * new.train_step()
+    save_checkpoint(trained.parts(), tmp_path / "checkpoint")
+    written = load_checkpoint(tmp_path / "checkpoint")
+    assert same(written.vae.state_dict(), shipped.vae.state_dict())
+    assert written.vae.config.latents_mean == shipped.vae.config.latents_mean != new.parts().vae.config.latents_mean
+    assert not same(written.transformer.state_dict(), shipped.transformer.state_dict())
+
+
 def settings(folder, **changes) -> Settings:
     typed = {"output": folder, "fraction": 0.1, "batch": 1.0, "seed": 0, "device": CPU, "evaluate": 1}
     return Settings(**{**typed, **changes})
@@ -204,6 +220,16 @@ def test_a_state_of_other_arguments_and_a_damaged_one_are_refused(tmp_path):
     (tmp_path / "state.pt").write_bytes(b"no state")
     with pytest.raises(ValueError, match=r"state.pt is no state .*: remove it to begin anew"):
         TrainingRun(settings(tmp_path), go_on)
+
+
+def test_a_checkpoint_that_cannot_be_trained_on_is_refused(tmp_path, tiny):
+    with pytest.raises(ValueError, match="nowhere: no checkpoint in diffusers format"):
+        TrainingRun(settings(tmp_path, finetune=tmp_path / "nowhere"), go_on)
+    with pytest.raises(ValueError, match="not of wan_shapes' architecture: text_encoder, transformer, vae, tokenizer"):
+        TrainingRun(settings(tmp_path, finetune=tiny), go_on)
+    torch.save({"arguments": settings(tmp_path).identity, "stage": "denoiser", "state": {}}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"state of a run with --fraction 0.1 --batch 1.0 --seed 0: type these"):
+        TrainingRun(settings(tmp_path, finetune=WAN_SHAPES), go_on)
 
 
 def test_devices_are_found_or_refused(monkeypatch):

@@ -11,7 +11,13 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
 from wan_dist.output.names import temporary_path
-from wan_dist.shapes.architecture import build_scheduler
+from wan_dist.shapes.architecture import (
+    build_autoencoder,
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_transformer,
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,29 @@ def save_checkpoint(parts: Parts, folder: Path) -> None:
     _name_tokenizer(scratch)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
+
+
+def load_checkpoint(folder: Path) -> Parts:
+    """The parts that `save_checkpoint` wrote, in fp32 on the CPU. Raises ValueError where they cannot be read, or have
+    other sizes or another vocabulary than this architecture."""
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder}: no checkpoint in diffusers format, it has no model_index.json")
+    try:
+        pipeline = WanPipeline.from_pretrained(folder, use_safetensors=True)  # in fp32, whatever it is stored in
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{folder}: diffusers' WanPipeline cannot read it: {error}") from error
+    parts = Parts(pipeline.tokenizer, pipeline.text_encoder, pipeline.transformer, pipeline.vae)
+    ours = Parts(build_tokenizer(), build_text_encoder(), build_transformer(), build_autoencoder())
+    other = [name for name in ("text_encoder", "transformer", "vae") if _sizes(parts, name) != _sizes(ours, name)]
+    if parts.tokenizer.get_vocab() != ours.tokenizer.get_vocab():
+        other.append("tokenizer")
+    if other:
+        raise ValueError(f"{folder}: not of wan_shapes' architecture: {', '.join(other)}")
+    return parts
+
+
+def _sizes(parts: Parts, name: str) -> dict[str, torch.Size]:
+    return {key: weight.shape for key, weight in getattr(parts, name).state_dict().items()}
 
 
 def _halved(model: Any) -> Any:

@@ -16,6 +16,8 @@ SIZES: dict[str, Pair] = {"": (8.0, 13.0), "small": (7.0, 8.5), "large": (12.0, 
 _SIZE_WEIGHTS = (6, 2, 2)
 _DIRECTION_WEIGHTS = {"still": 4} | dict.fromkeys(("right", "left", "up", "down"), 5)
 _DIAGONAL_WEIGHT = 2
+# What is harder to draw is seen more often.
+_SHAPE_WEIGHTS = {"circle": 2, "square": 3, "triangle": 2, "star": 4}
 _FASTEST, _SLOWEST = 2.6, 1.2  # pixels a frame, in x and in y
 _MARGIN = 1.0  # pixels between an object and the frame's edge
 _JITTER = 6.0  # of 255: colours are never quite those of the table
@@ -40,7 +42,8 @@ def draw_clip(rng: random.Random, height: int = 64, width: int = 64, frames: int
     background = rng.choice(list(BACKGROUNDS))
     colour = rng.choice([name for name in COLOURS if name != background])
     weights = [_DIRECTION_WEIGHTS.get(name, _DIAGONAL_WEIGHT) for name in DIRECTIONS]
-    scene = Scene(colour, rng.choice(SHAPES), rng.choices(list(DIRECTIONS), weights)[0], background)
+    shape = rng.choices(SHAPES, [_SHAPE_WEIGHTS[name] for name in SHAPES])[0]
+    scene = Scene(colour, shape, rng.choices(list(DIRECTIONS), weights)[0], background)
     return place(scene, rng, height, width, frames)
 
 

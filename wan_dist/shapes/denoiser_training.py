@@ -28,13 +28,14 @@ from wan_dist.shapes.evaluation import share_drawn_as_asked
 from wan_dist.shapes.latents import LatentRing
 from wan_dist.shapes.optimizer import Rates, Trained, cosine, warm_up
 from wan_dist.shapes.pad_token import encode_text, install_one_pad_token
-from wan_dist.shapes.precision import fast_numbers
+from wan_dist.shapes.precision import fast_attention, fast_numbers
 
 _SQUARE, _WIDE, _TALL = (64, 64), (64, 96), (96, 64)  # height, width in pixels
 _REFILL_EVERY = 4  # steps, with a quarter of a batch; every eighth time with wide or tall clips
 _TEXT_TOKENS = 512  # to which `WanPipeline` pads
 _OTHER_PADDING = 0.2  # the share of steps that see another number of pad tokens
 _RATES = Rates(muon=3e-3, adamw=2e-3, muon_decay=0.02, adamw_decay=0.0, mean_decay=0.9985, mean_delay=19)
+_RATES_OF_TRAINED = replace(_RATES, muon=1.3e-3, adamw=9e-4)  # of weights that are not at their beginning
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,31 @@ class DenoiserTraining:
     name = "denoiser"
 
     def __init__(
-        self, recipe: DenoiserRecipe, seed: int, device: torch.device, autoencoder: dict[str, torch.Tensor]
+        self,
+        recipe: DenoiserRecipe,
+        seed: int,
+        device: torch.device,
+        autoencoder: dict[str, torch.Tensor],
+        trained: Parts | None = None,
     ) -> None:
-        """autoencoder: weights of the first stage."""
+        """autoencoder: weights of the first stage. trained: what is to be trained on, at lower rates, in place of new
+        weights; `autoencoder` is of the same checkpoint then."""
         self.recipe, self.seed, self.device, self.steps = recipe, seed, device, recipe.steps
         self.tokenizer = build_tokenizer()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = nn.ModuleDict({"transformer": build_transformer(), "text_encoder": build_text_encoder()}).to(device)
-        self.trained = Trained(model, _RATES, _is_matrix)
+        if trained is not None:
+            model["transformer"].load_state_dict(trained.transformer.state_dict())
+            model["text_encoder"].load_state_dict(trained.text_encoder.state_dict())
+        self.trained = Trained(model, _RATES if trained is None else _RATES_OF_TRAINED, _is_matrix)
         transformer = model["transformer"]
         self._pads = install_one_pad_token(transformer)
         # Under autocast too the sum over blocks is in fp32.
         transformer.patch_embedding.register_forward_hook(lambda _module, _inputs, output: output.float())
         self._statistics: tuple[list[float], list[float]] | None = None
+        if trained is not None:  # its transformer knows latents that are normalised by these
+            self._statistics = (list(trained.vae.config.latents_mean), list(trained.vae.config.latents_std))
         self._vae = laid_out(build_autoencoder(), device).eval().requires_grad_(False)
         self._vae.load_state_dict(autoencoder)
         kept = {size: recipe.kept if size == _SQUARE else max(1, recipe.kept // 8) for size in (_SQUARE, _WIDE, _TALL)}
@@ -101,7 +113,7 @@ class DenoiserTraining:
         noisy = clean + sigma.view(-1, 1, 1, 1, 1) * (noise - clean)
         words = self.tokenizer([training_caption(clip, rng) for clip in clips], padding=True, return_tensors="pt")
         self._pads.stands_for = _padding(rng, words.input_ids.shape[1])
-        with fast_numbers(self.device):
+        with fast_numbers(self.device), fast_attention(self.device):
             text = encode_text(
                 model["text_encoder"], *(words[key].to(self.device) for key in ("input_ids", "attention_mask"))
             )

@@ -14,7 +14,7 @@ import torch
 from wan_dist.output.files import atomic
 from wan_dist.output.names import temporary_path
 from wan_dist.shapes.autoencoder_training import AutoencoderRecipe, AutoencoderTraining
-from wan_dist.shapes.checkpoint import save_checkpoint
+from wan_dist.shapes.checkpoint import load_checkpoint, save_checkpoint
 from wan_dist.shapes.denoiser_training import DenoiserRecipe, DenoiserTraining
 from wan_dist.shapes.optimizer import Trained
 from wan_dist.stop import StoppedError
@@ -29,7 +29,7 @@ Pause = Callable[[], None]
 @dataclass(frozen=True)
 class Settings:
     """What was asked for. fraction: of the recipe's steps; batch: of its batch sizes; evaluate: scenes in an
-    evaluation."""
+    evaluation; finetune: a checkpoint whose denoiser is trained on, with its VAE as it is."""
 
     output: Path
     fraction: float
@@ -37,11 +37,13 @@ class Settings:
     seed: int
     device: torch.device
     evaluate: int
+    finetune: Path | None = None
 
     @property
-    def identity(self) -> dict[str, float]:
+    def identity(self) -> dict[str, float | str]:
         """What a state must share to be gone on from."""
-        return {"fraction": self.fraction, "batch": self.batch, "seed": self.seed}
+        shared: dict[str, float | str] = {"fraction": self.fraction, "batch": self.batch, "seed": self.seed}
+        return shared if self.finetune is None else {**shared, "finetune": str(self.finetune)}
 
 
 class Stage(Protocol):
@@ -69,11 +71,13 @@ class TrainingRun:
     raises StoppedError where the run is asked to stop."""
 
     def __init__(self, settings: Settings, pause: Pause) -> None:
-        """Raises ValueError for a state that cannot be gone on from."""
+        """Raises ValueError for a state or a checkpoint that cannot be gone on from."""
         self.settings, self.pause = settings, pause
         self.file = settings.output / "state.pt"
         temporary_path(self.file).unlink(missing_ok=True)
-        self.stage = AutoencoderTraining.name  # the one that is under way
+        self._trained = None if settings.finetune is None else load_checkpoint(settings.finetune)
+        # The one that is under way.
+        self.stage = AutoencoderTraining.name if self._trained is None else DenoiserTraining.name
         self._found = _read_state(self.file, settings)
         self._saved_at = time.monotonic()
 
@@ -81,7 +85,9 @@ class TrainingRun:
         """Returns the checkpoint's folder. Raises StoppedError once the state is saved."""
         settings = self.settings
         found, self._found = self._found, None
-        if found is None or found["stage"] == AutoencoderTraining.name:
+        if self._trained is not None:
+            weights = self._trained.vae.state_dict()
+        elif found is None or found["stage"] == AutoencoderTraining.name:
             first = AutoencoderTraining(
                 AutoencoderRecipe().scaled(settings.fraction, settings.batch), settings.seed, settings.device
             )
@@ -89,9 +95,8 @@ class TrainingRun:
             weights, found = first.trained.mean.state_dict(), None
         else:
             weights = found["state"]["autoencoder"]
-        second = DenoiserTraining(
-            DenoiserRecipe().scaled(settings.fraction, settings.batch), settings.seed, settings.device, weights
-        )
+        recipe = DenoiserRecipe().scaled(settings.fraction, settings.batch)
+        second = DenoiserTraining(recipe, settings.seed, settings.device, weights, self._trained)
         self._train_stage(second, found, second.prepare)
         folder = settings.output / "checkpoint"
         save_checkpoint(second.parts(), folder)
