@@ -15,7 +15,8 @@ demo: .venv/.installed  ## three videos from three prompts on two CPU ranks, and
 
 test: .venv/.installed-test  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ranks tests/e2e tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ranks -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e tests/slurm
 
 check: .venv/.installed-dev  ## lint, format, types, layers
 	$(BIN)/ruff check .

@@ -86,13 +86,11 @@ def main(arguments=None) -> int:
         request.hold()
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
-    import diffusers
     import torch
     import transformers
 
     from wan_dist.shapes.training_run import Settings, TrainingRun
 
-    diffusers.utils.logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()
     # Of diffusers' norms under autocast, which are right all the same.
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")

@@ -56,6 +56,7 @@ def test_its_checkpoint_can_be_loaded(ran):
     [
         (["--seed", "1"], "is the state of a run with --fraction 0.0006 --batch 0.05 --seed 0"),
         (["--fraction", "0"], "argument --fraction: 0 is not above 0"),
+        (["--output", "another", "--finetune", "nowhere"], "nowhere: not a checkpoint of wan_shapes: "),
     ],
 )
 def test_what_cannot_run_is_refused(ran, changes, message):

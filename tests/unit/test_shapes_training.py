@@ -3,10 +3,13 @@
 import io
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import WanPipeline
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from support.checkpoints import WAN_SHAPES
@@ -14,11 +17,13 @@ from support.commands import REPO, load_script
 from wan_dist.shapes.architecture import build_autoencoder, build_text_encoder, build_tokenizer, build_transformer
 from wan_dist.shapes.autoencoder_training import AutoencoderRecipe, AutoencoderTraining, decode_unclamped
 from wan_dist.shapes.checkpoint import Parts, load_checkpoint, save_checkpoint
+from wan_dist.shapes.clips import DRAWN
 from wan_dist.shapes.denoiser_training import DenoiserRecipe, DenoiserTraining
 from wan_dist.shapes.latents import LatentRing
 from wan_dist.shapes.optimizer import Rates, Trained, cosine, orthogonal, warm_up
 from wan_dist.shapes.pad_token import encode_text, install_one_pad_token
 from wan_dist.shapes.training_run import Settings, TrainingRun
+from wan_dist.stop import StoppedError
 
 CPU = torch.device("cpu")
 
@@ -191,19 +196,40 @@ def test_going_on_is_as_if_never_stopped(stage):
 
 
 def test_what_is_trained_on_begins_as_it_was_and_keeps_its_vae(tmp_path):
-    shipped = load_checkpoint(WAN_SHAPES)
-    recipe = DenoiserRecipe(steps=3, clips=4, kept=4)
-    new, trained = (DenoiserTraining(recipe, 0, CPU, shipped.vae.state_dict(), parts) for parts in (None, shipped))
-    for training in (new, trained):
+    shipped, recipe = load_checkpoint(WAN_SHAPES), DenoiserRecipe(steps=3, clips=4, kept=4)
+    new, finetuned = (
+        DenoiserTraining(recipe, 0, CPU, shipped.vae.state_dict(), finetune) for finetune in (False, True)
+    )
+    finetuned.begin_with(shipped)
+    for training in (new, finetuned):
         training.prepare(go_on)
     for name in ("transformer", "text_encoder"):
-        assert same(getattr(trained.parts(), name).state_dict(), getattr(shipped, name).state_dict())
-    assert trained.train_step() < 0.75 * new.train_step()
-    save_checkpoint(trained.parts(), tmp_path / "checkpoint")
-    written = load_checkpoint(tmp_path / "checkpoint")
-    assert same(written.vae.state_dict(), shipped.vae.state_dict())
-    assert written.vae.config.latents_mean == shipped.vae.config.latents_mean != new.parts().vae.config.latents_mean
-    assert not same(written.transformer.state_dict(), shipped.transformer.state_dict())
+        assert same(getattr(finetuned.parts(), name).state_dict(), getattr(shipped, name).state_dict())
+    assert finetuned.trained.rates.muon < new.trained.rates.muon
+    assert finetuned.train_step() < 0.75 * new.train_step()
+    assert finetuned.parts().vae.config.latents_mean == shipped.vae.config.latents_mean
+    assert new.parts().vae.config.latents_mean != shipped.vae.config.latents_mean
+    assert not same(finetuned.trained.module["transformer"].state_dict(), shipped.transformer.state_dict())
+
+
+def test_a_stopped_run_goes_on_without_the_checkpoint_that_it_began_with(tmp_path):
+    base, begun = shutil.copytree(WAN_SHAPES, tmp_path / "base"), settings(tmp_path / "out", fraction=1e-6, batch=0.01)
+    begun.output.mkdir()
+    begun = replace(begun, finetune=base)
+
+    def stop() -> None:
+        raise StoppedError("SIGTERM")
+
+    with pytest.raises(StoppedError):
+        TrainingRun(begun, stop).train()
+    shutil.rmtree(base)
+    resumed = TrainingRun(begun, go_on).train()
+    assert same(load_checkpoint(resumed).vae.state_dict(), load_checkpoint(WAN_SHAPES).vae.state_dict())
+    drawn = [load_checkpoint(folder).transformer for folder in (resumed, WAN_SHAPES)]
+    distances = [(one - other).abs().max() for one, other in zip(*(model.parameters() for model in drawn), strict=True)]
+    assert 0 < max(distances) < 0.1  # one step from where it began
+    with pytest.raises(ValueError, match=r"state of a run with .* --finetune \S+base: type these"):
+        TrainingRun(replace(begun, finetune=WAN_SHAPES), go_on)
 
 
 def settings(folder, **changes) -> Settings:
@@ -211,25 +237,66 @@ def settings(folder, **changes) -> Settings:
     return Settings(**{**typed, **changes})
 
 
-def test_a_state_of_other_arguments_and_a_damaged_one_are_refused(tmp_path):
-    content = {"arguments": settings(tmp_path).identity, "stage": "autoencoder", "state": {}}
+def test_states_of_other_arguments_or_clips_and_damaged_ones_are_refused(tmp_path):
+    content = {"arguments": settings(tmp_path).identity, "clips": DRAWN, "stage": "autoencoder", "state": {}}
     torch.save(content, tmp_path / "state.pt")
     TrainingRun(settings(tmp_path, evaluate=5), go_on)
-    with pytest.raises(ValueError, match=r"state of a run with --fraction 0.1 --batch 1.0 --seed 0"):
+    with pytest.raises(ValueError, match=r"state of a run with --fraction 0.1 --batch 1.0 --seed 0: type these"):
         TrainingRun(settings(tmp_path, seed=1), go_on)
+    with pytest.raises(ValueError, match=r"--seed 0 and no --finetune: type these"):
+        TrainingRun(settings(tmp_path, finetune=WAN_SHAPES), go_on)
+    torch.save({**content, "clips": DRAWN - 1}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="another version, in which seeds draw other clips"):
+        TrainingRun(settings(tmp_path), go_on)
     (tmp_path / "state.pt").write_bytes(b"no state")
     with pytest.raises(ValueError, match=r"state.pt is no state .*: remove it to begin anew"):
         TrainingRun(settings(tmp_path), go_on)
 
 
-def test_a_checkpoint_that_cannot_be_trained_on_is_refused(tmp_path, tiny):
-    with pytest.raises(ValueError, match="nowhere: no checkpoint in diffusers format"):
-        TrainingRun(settings(tmp_path, finetune=tmp_path / "nowhere"), go_on)
-    with pytest.raises(ValueError, match="not of wan_shapes' architecture: text_encoder, transformer, vae, tokenizer"):
+def cut(folder):
+    weights = folder / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def forget(folder):
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights.pop("proj_out.bias")
+    save_file(weights, file)
+
+
+def behead(folder):
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_attention_heads": 4, "attention_head_dim": 48}))
+
+
+def rename_word(folder):
+    file = folder / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"red"', '"crimson"'))
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (cut, "SafetensorError|incomplete|Error while"),
+        (forget, "transformer has other weights: proj_out.bias"),
+        (behead, "transformer is of another architecture"),
+        (rename_word, "its tokenizer knows other words"),
+        (shutil.rmtree, "No such file"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_trained_on_is_refused(tmp_path, harm, told):
+    folder = shutil.copytree(WAN_SHAPES, tmp_path / "base")
+    harm(folder)
+    with pytest.raises(ValueError, match=f"base: not a checkpoint of wan_shapes: .*({told})"):
+        TrainingRun(settings(tmp_path, finetune=folder), go_on)
+
+
+def test_other_models_and_the_run_s_own_checkpoint_are_not_trained_on(tmp_path, tiny):
+    with pytest.raises(ValueError, match="not a checkpoint of wan_shapes"):
         TrainingRun(settings(tmp_path, finetune=tiny), go_on)
-    torch.save({"arguments": settings(tmp_path).identity, "stage": "denoiser", "state": {}}, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match=r"state of a run with --fraction 0.1 --batch 1.0 --seed 0: type these"):
-        TrainingRun(settings(tmp_path, finetune=WAN_SHAPES), go_on)
+    with pytest.raises(ValueError, match="is what this run would replace: type another --output"):
+        TrainingRun(settings(tmp_path, finetune=tmp_path / "checkpoint"), go_on)
 
 
 def test_devices_are_found_or_refused(monkeypatch):

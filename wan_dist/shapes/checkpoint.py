@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from wan_dist.output.names import temporary_path
 from wan_dist.shapes.architecture import (
@@ -53,26 +55,34 @@ def save_checkpoint(parts: Parts, folder: Path) -> None:
 
 
 def load_checkpoint(folder: Path) -> Parts:
-    """The parts that `save_checkpoint` wrote, in fp32 on the CPU. Raises ValueError where they cannot be read, or have
-    other sizes or another vocabulary than this architecture."""
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder}: no checkpoint in diffusers format, it has no model_index.json")
+    """The parts that `save_checkpoint` wrote, in fp32 on the CPU. Raises ValueError for a folder that is not such a
+    checkpoint: one that cannot be read, lacks a weight, or has other sizes, heads or words."""
     try:
-        pipeline = WanPipeline.from_pretrained(folder, use_safetensors=True)  # in fp32, whatever it is stored in
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{folder}: diffusers' WanPipeline cannot read it: {error}") from error
-    parts = Parts(pipeline.tokenizer, pipeline.text_encoder, pipeline.transformer, pipeline.vae)
-    ours = Parts(build_tokenizer(), build_text_encoder(), build_transformer(), build_autoencoder())
-    other = [name for name in ("text_encoder", "transformer", "vae") if _sizes(parts, name) != _sizes(ours, name)]
-    if parts.tokenizer.get_vocab() != ours.tokenizer.get_vocab():
-        other.append("tokenizer")
-    if other:
-        raise ValueError(f"{folder}: not of wan_shapes' architecture: {', '.join(other)}")
+        statistics = json.loads((folder / "vae" / "config.json").read_text())
+        vae = build_autoencoder(statistics["latents_mean"], statistics["latents_std"])
+        parts = Parts(build_tokenizer(), build_text_encoder(), build_transformer(), vae)
+        for name in ("text_encoder", "transformer", "vae"):
+            _load(getattr(parts, name), folder / name)
+        words = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: not a checkpoint of wan_shapes: {error}") from error
+    if words != parts.tokenizer.get_vocab():
+        raise ValueError(f"{folder}: not a checkpoint of wan_shapes: its tokenizer knows other words")
     return parts
 
 
-def _sizes(parts: Parts, name: str) -> dict[str, torch.Size]:
-    return {key: weight.shape for key, weight in getattr(parts, name).state_dict().items()}
+def _load(model: Any, folder: Path) -> None:
+    """Every weight of `model`, from the only file of its component. Raises ValueError and what reading raises."""
+    heads, config = ("num_attention_heads", "num_heads"), json.loads((folder / "config.json").read_text())
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1 or any(config[key] != getattr(model.config, key) for key in heads if key in config):
+        raise ValueError(f"{folder.name} is of another architecture")
+    state, weights = model.state_dict(), load_file(found[0])
+    missing, unexpected = model.load_state_dict(weights, strict=False)  # RuntimeError for other shapes
+    tied = {state[name].data_ptr() for name in weights if name in state}
+    wrong = [*unexpected, *(name for name in missing if state[name].data_ptr() not in tied)]
+    if wrong:
+        raise ValueError(f"{folder.name} has other weights: {', '.join(wrong[:3])}")
 
 
 def _halved(model: Any) -> Any:

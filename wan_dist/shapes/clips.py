@@ -8,6 +8,7 @@ import numpy as np
 from wan_dist.shapes.outlines import EXTENT, signed_distance
 from wan_dist.shapes.vocabulary import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, Scene
 
+DRAWN = 2  # which clip a seed draws: counted up where that changes
 Colour = tuple[float, float, float]  # red, green, blue, of 255
 Pair = tuple[float, float]  # x and y; y points down
 

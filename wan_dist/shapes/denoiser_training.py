@@ -35,7 +35,7 @@ _REFILL_EVERY = 4  # steps, with a quarter of a batch; every eighth time with wi
 _TEXT_TOKENS = 512  # to which `WanPipeline` pads
 _OTHER_PADDING = 0.2  # the share of steps that see another number of pad tokens
 _RATES = Rates(muon=3e-3, adamw=2e-3, muon_decay=0.02, adamw_decay=0.0, mean_decay=0.9985, mean_delay=19)
-_RATES_OF_TRAINED = replace(_RATES, muon=1.3e-3, adamw=9e-4)  # of weights that are not at their beginning
+_FINETUNE_RATES = replace(_RATES, muon=1.3e-3, adamw=9e-4)
 
 
 @dataclass(frozen=True)
@@ -66,30 +66,33 @@ class DenoiserTraining:
         seed: int,
         device: torch.device,
         autoencoder: dict[str, torch.Tensor],
-        trained: Parts | None = None,
+        finetune: bool = False,
     ) -> None:
-        """autoencoder: weights of the first stage. trained: what is to be trained on, at lower rates, in place of new
-        weights; `autoencoder` is of the same checkpoint then."""
+        """autoencoder: weights of the first stage. finetune: at lower rates, for `begin_with`."""
         self.recipe, self.seed, self.device, self.steps = recipe, seed, device, recipe.steps
         self.tokenizer = build_tokenizer()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = nn.ModuleDict({"transformer": build_transformer(), "text_encoder": build_text_encoder()}).to(device)
-        if trained is not None:
-            model["transformer"].load_state_dict(trained.transformer.state_dict())
-            model["text_encoder"].load_state_dict(trained.text_encoder.state_dict())
-        self.trained = Trained(model, _RATES if trained is None else _RATES_OF_TRAINED, _is_matrix)
+        self.trained = Trained(model, _FINETUNE_RATES if finetune else _RATES, _is_matrix)
         transformer = model["transformer"]
         self._pads = install_one_pad_token(transformer)
         # Under autocast too the sum over blocks is in fp32.
         transformer.patch_embedding.register_forward_hook(lambda _module, _inputs, output: output.float())
         self._statistics: tuple[list[float], list[float]] | None = None
-        if trained is not None:  # its transformer knows latents that are normalised by these
-            self._statistics = (list(trained.vae.config.latents_mean), list(trained.vae.config.latents_std))
         self._vae = laid_out(build_autoencoder(), device).eval().requires_grad_(False)
         self._vae.load_state_dict(autoencoder)
         kept = {size: recipe.kept if size == _SQUARE else max(1, recipe.kept // 8) for size in (_SQUARE, _WIDE, _TALL)}
         self._rings = {size: LatentRing(self._vae, seed, *size, capacity) for size, capacity in kept.items()}
+
+    def begin_with(self, parts: Parts) -> None:
+        """Take a checkpoint's denoiser in place of the new one, before the first step; its VAE is the first stage's."""
+        for model in (self.trained.module, self.trained.mean):
+            assert isinstance(model, nn.ModuleDict)
+            model["transformer"].load_state_dict(parts.transformer.state_dict())
+            model["text_encoder"].load_state_dict(parts.text_encoder.state_dict())
+        # Its transformer knows latents that are normalised by these.
+        self._statistics = (list(parts.vae.config.latents_mean), list(parts.vae.config.latents_std))
 
     def prepare(self, pause: Callable[[], None]) -> None:
         """Encode the first clips, if that has not been done; pause: called meanwhile, may raise."""

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from wan_dist.output.files import atomic
 from wan_dist.output.names import temporary_path
 from wan_dist.shapes.autoencoder_training import AutoencoderRecipe, AutoencoderTraining
 from wan_dist.shapes.checkpoint import load_checkpoint, save_checkpoint
+from wan_dist.shapes.clips import DRAWN
 from wan_dist.shapes.denoiser_training import DenoiserRecipe, DenoiserTraining
 from wan_dist.shapes.optimizer import Trained
 from wan_dist.stop import StoppedError
@@ -43,7 +45,7 @@ class Settings:
     def identity(self) -> dict[str, float | str]:
         """What a state must share to be gone on from."""
         shared: dict[str, float | str] = {"fraction": self.fraction, "batch": self.batch, "seed": self.seed}
-        return shared if self.finetune is None else {**shared, "finetune": str(self.finetune)}
+        return shared if self.finetune is None else {**shared, "finetune": str(self.finetune.resolve())}
 
 
 class Stage(Protocol):
@@ -75,32 +77,38 @@ class TrainingRun:
         self.settings, self.pause = settings, pause
         self.file = settings.output / "state.pt"
         temporary_path(self.file).unlink(missing_ok=True)
-        self._trained = None if settings.finetune is None else load_checkpoint(settings.finetune)
-        # The one that is under way.
-        self.stage = AutoencoderTraining.name if self._trained is None else DenoiserTraining.name
-        self._found = _read_state(self.file, settings)
+        self.folder = settings.output / "checkpoint"
+        self.stage = AutoencoderTraining.name  # the one that is under way
+        self._found, self._base = _read_state(self.file, settings), None
+        if settings.finetune is not None:
+            self.stage = DenoiserTraining.name
+            if settings.finetune.resolve() == self.folder.resolve():
+                raise ValueError(f"{self.folder} is what this run would replace: type another --output")
+            if self._found is None:  # a state holds all that was taken from it
+                self._base = load_checkpoint(settings.finetune)
         self._saved_at = time.monotonic()
 
     def train(self) -> Path:
         """Returns the checkpoint's folder. Raises StoppedError once the state is saved."""
         settings = self.settings
         found, self._found = self._found, None
-        if self._trained is not None:
-            weights = self._trained.vae.state_dict()
-        elif found is None or found["stage"] == AutoencoderTraining.name:
+        if found is not None and found["stage"] == DenoiserTraining.name:
+            weights = found["state"]["autoencoder"]
+        elif self._base is not None:
+            weights = self._base.vae.state_dict()
+        else:
             first = AutoencoderTraining(
                 AutoencoderRecipe().scaled(settings.fraction, settings.batch), settings.seed, settings.device
             )
             self._train_stage(first, found)
             weights, found = first.trained.mean.state_dict(), None
-        else:
-            weights = found["state"]["autoencoder"]
-        recipe = DenoiserRecipe().scaled(settings.fraction, settings.batch)
-        second = DenoiserTraining(recipe, settings.seed, settings.device, weights, self._trained)
+        recipe, finetune = DenoiserRecipe().scaled(settings.fraction, settings.batch), settings.finetune is not None
+        second = DenoiserTraining(recipe, settings.seed, settings.device, weights, finetune)
+        if self._base is not None:
+            second.begin_with(self._base)
         self._train_stage(second, found, second.prepare)
-        folder = settings.output / "checkpoint"
-        save_checkpoint(second.parts(), folder)
-        return folder
+        save_checkpoint(second.parts(), self.folder)
+        return self.folder
 
     def _train_stage(
         self, stage: Stage, found: dict[str, Any] | None, prepare: Callable[[Pause], None] | None = None
@@ -148,7 +156,8 @@ class TrainingRun:
         print(json.dumps({**line, **{name: round(value, 4) for name, value in figures.items()}}), flush=True)
 
     def _save(self, stage: Stage) -> None:
-        content = {"arguments": self.settings.identity, "stage": stage.name, "state": stage.state_dict()}
+        content = {"arguments": self.settings.identity, "clips": DRAWN, "stage": stage.name}
+        content["state"] = stage.state_dict()
         with atomic(self.file) as scratch:
             torch.save(content, scratch)
         self._saved_at = time.monotonic()
@@ -164,8 +173,12 @@ def _read_state(file: Path, settings: Settings) -> dict[str, Any] | None:
         arguments, *_ = found["arguments"], found["stage"], found["state"]
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{file} is no state of this training that can be read: remove it to begin anew") from error
+    if found.get("clips") != DRAWN:
+        raise ValueError(f"{file} is the state of another version, in which seeds draw other clips: remove it")
     if arguments != settings.identity:
-        typed = " ".join(f"--{name} {value}" for name, value in arguments.items())
+        typed = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items())
+        if settings.finetune is not None and "finetune" not in arguments:
+            typed += " and no --finetune"
         raise ValueError(f"{file} is the state of a run with {typed}: {remedy}")
     return dict(found)
 
