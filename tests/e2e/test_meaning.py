@@ -23,7 +23,7 @@ CASES = {
 # Other prompts, not typed as commands. The recipe of the default model.
 OTHERS = ("blue", "yellow")
 SETTINGS = {
-    "sampler.seed": 1,  # with 0 its blue square is as much a circle
+    "sampler.seed": 1,
     "sampler.steps": 20,
     "sampler.guidance_scale": 4.0,
     "sampler.flow_shift": 3.0,
