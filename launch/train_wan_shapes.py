@@ -97,7 +97,6 @@ def main(arguments=None) -> int:
     if typed.threads is not None:
         torch.set_num_threads(typed.threads)
     try:
-        typed.output.mkdir(parents=True, exist_ok=True)
         settings = Settings(
             output=typed.output,
             fraction=typed.fraction,
@@ -108,6 +107,7 @@ def main(arguments=None) -> int:
             finetune=typed.finetune,
         )
         run = TrainingRun(settings, pause)
+        typed.output.mkdir(parents=True, exist_ok=True)  # not for what is refused
     except (OSError, ValueError) as error:
         command.exit(2, f"{command.prog}: {error}\n")
     try:

@@ -63,3 +63,4 @@ def test_what_cannot_run_is_refused(ran, changes, message):
     *_, folder = ran
     done = run([*COMMAND, "--output", str(folder), *changes], folder)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (folder / "another").exists()

@@ -270,6 +270,10 @@ def behead(folder):
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_attention_heads": 4, "attention_head_dim": 48}))
 
 
+def deform(folder):
+    (folder / "vae" / "config.json").write_text("[]")
+
+
 def rename_word(folder):
     file = folder / "tokenizer" / "tokenizer.json"
     file.write_text(file.read_text().replace('"red"', '"crimson"'))
@@ -281,6 +285,7 @@ def rename_word(folder):
         (cut, "SafetensorError|incomplete|Error while"),
         (forget, "transformer has other weights: proj_out.bias"),
         (behead, "transformer is of another architecture"),
+        (deform, "its JSON files are of another form"),
         (rename_word, "its tokenizer knows other words"),
         (shutil.rmtree, "No such file"),
     ],
@@ -293,8 +298,9 @@ def test_a_checkpoint_that_cannot_be_trained_on_is_refused(tmp_path, harm, told)
 
 
 def test_other_models_and_the_run_s_own_checkpoint_are_not_trained_on(tmp_path, tiny):
-    with pytest.raises(ValueError, match="not a checkpoint of wan_shapes"):
+    with pytest.raises(ValueError, match="not a checkpoint of wan_shapes: text_encoder has other weights: ") as refused:
         TrainingRun(settings(tmp_path, finetune=tiny), go_on)
+    assert len(str(refused.value).splitlines()) == 1
     with pytest.raises(ValueError, match="is what this run would replace: type another --output"):
         TrainingRun(settings(tmp_path, finetune=tmp_path / "checkpoint"), go_on)
 

@@ -64,7 +64,9 @@ def load_checkpoint(folder: Path) -> Parts:
         for name in ("text_encoder", "transformer", "vae"):
             _load(getattr(parts, name), folder / name)
         words = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (KeyError, TypeError, AttributeError) as error:  # JSON of another form
+        raise ValueError(f"{folder}: not a checkpoint of wan_shapes: its JSON files are of another form") from error
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: not a checkpoint of wan_shapes: {error}") from error
     if words != parts.tokenizer.get_vocab():
         raise ValueError(f"{folder}: not a checkpoint of wan_shapes: its tokenizer knows other words")
@@ -78,11 +80,12 @@ def _load(model: Any, folder: Path) -> None:
     if len(found) != 1 or any(config[key] != getattr(model.config, key) for key in heads if key in config):
         raise ValueError(f"{folder.name} is of another architecture")
     state, weights = model.state_dict(), load_file(found[0])
-    missing, unexpected = model.load_state_dict(weights, strict=False)  # RuntimeError for other shapes
-    tied = {state[name].data_ptr() for name in weights if name in state}
-    wrong = [*unexpected, *(name for name in missing if state[name].data_ptr() not in tied)]
+    wrong = [name for name, weight in weights.items() if name not in state or state[name].shape != weight.shape]
+    given = {state[name].data_ptr() for name in weights if name in state}  # tied weights are stored once
+    wrong += [name for name, weight in state.items() if weight.data_ptr() not in given]
     if wrong:
         raise ValueError(f"{folder.name} has other weights: {', '.join(wrong[:3])}")
+    model.load_state_dict(weights, strict=False)
 
 
 def _halved(model: Any) -> Any:
