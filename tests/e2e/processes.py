@@ -30,8 +30,8 @@ def files_in(folder: Path) -> set[str]:
 class Running:
     """A command under way, killed on leaving the `with` if it is not over. `err` grows as it writes to stderr."""
 
-    def __init__(self, arguments: Sequence[str], cwd: Path, **env: str) -> None:
-        self.process = start(arguments, cwd, **env)
+    def __init__(self, arguments: Sequence[str], cwd: Path, *, fresh: bool = False, **env: str) -> None:
+        self.process = start(arguments, cwd, fresh=fresh, **env)
         self.err = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

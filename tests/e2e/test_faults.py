@@ -66,6 +66,7 @@ ACTIONS = {
     "rank killed": lambda run: run.rank(1).send_signal(signal.SIGKILL),
     "rank raises": lambda run: None,
 }
+FRESH = ("SIGTERM",)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def ends(tmp_path_factory, tiny):
         folder = tmp_path_factory.mktemp("disturbed")
         typed = ["model=tiny", f"model.path={tiny}", "prompt=x", "sampler.steps=20000", "parallelism.ulysses=2"]
         env = {"PYTHONPATH": str(plant), "FAIL_RANK": "1"} if action == "rank raises" else {}
-        with Running(["wan-dist", *typed, f"output.dir={folder}"], folder, **env) as run:
+        with Running(["wan-dist", *typed, f"output.dir={folder}"], folder, fresh=action in FRESH, **env) as run:
             run.wait_for(r"^step \d+/20000")
             begin = time.monotonic()
             ACTIONS[action](run)
@@ -105,7 +106,7 @@ def test_a_signal_ends_the_run_in_one_sentence(ends, name, code):
 def test_ranks_that_are_born_to_a_dead_parent_end(tmp_path, tiny):
     """The parent killed in the very moment its first rank appears."""
     typed = ["model=tiny", f"model.path={tiny}", "prompt=x", "sampler.steps=20000", f"output.dir={tmp_path}"]
-    with Running(["wan-dist", *typed, "parallelism.ulysses=2"], tmp_path) as run:
+    with Running(["wan-dist", *typed, "parallelism.ulysses=2"], tmp_path, fresh=True) as run:
         parent = psutil.Process(run.process.pid)
         while not any("wan_dist.worker" in " ".join(rank.cmdline()) for rank in parent.children()):
             assert run.process.poll() is None, run.err

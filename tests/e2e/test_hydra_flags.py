@@ -23,7 +23,7 @@ FLAGS = {
 def flags(tmp_path_factory):
     """Each flag's run; Python lists what it imports on stderr."""
     cwd = tmp_path_factory.mktemp("flags")
-    done = together(*(lambda a=a: run(a, cwd, PYTHONPROFILEIMPORTTIME="1") for a in FLAGS.values()))
+    done = together(*(lambda a=a: run(a, cwd, fresh=True, PYTHONPROFILEIMPORTTIME="1") for a in FLAGS.values()))
     assert list(cwd.iterdir()) == []
     return dict(zip(FLAGS, done, strict=True))
 

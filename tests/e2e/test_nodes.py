@@ -45,14 +45,22 @@ def free_port() -> int:
 
 
 def two_nodes(
-    typed: list[str], folder: Path, act: Callable[[Nodes], None] = lambda nodes: None, second: Sequence[str] = ()
+    typed: list[str],
+    folder: Path,
+    act: Callable[[Nodes], None] = lambda nodes: None,
+    second: Sequence[str] = (),
+    fresh: bool = False,
 ) -> Ended:
     """A run of two nodes, to which `act` is done while it is under way. second: what node 1 alone is told."""
     where = ["launch.nodes=2", "launch.head=127.0.0.1", f"launch.port={free_port()}", f"output.dir={folder}"]
     with ExitStack() as stack:
         nodes = [
             stack.enter_context(
-                Running(["wan-dist", *typed, *where, f"launch.node_rank={node}", *(second if node else ())], folder)
+                Running(
+                    ["wan-dist", *typed, *where, f"launch.node_rank={node}", *(second if node else ())],
+                    folder,
+                    fresh=fresh,
+                )
             )
             for node in range(2)
         ]
@@ -97,7 +105,7 @@ def ran(folders, request_of):
     def one_node():
         return wan_dist(*request_of, *TWO, f"output.dir={folders['one node']}", cwd=folders["one node"])
 
-    calls = [one_node, lambda: two_nodes([*request_of, *TWO], folders["two nodes"])]
+    calls = [one_node, lambda: two_nodes([*request_of, *TWO], folders["two nodes"], fresh=True)]
     calls += [lambda n=n, act=act: two_nodes(long, folders[n], in_mid_run(act)) for n, act in ACTIONS.items()]
     return dict(zip(folders, together(*calls), strict=True))
 
@@ -182,7 +190,7 @@ def test_a_node_that_dies_while_it_starts_is_missed(request_of, tmp_path, killed
         time.sleep(0.3)  # for it to be greeted
         nodes[killed].process.kill()
 
-    end = two_nodes([*request_of, *TWO], tmp_path, act)
+    end = two_nodes([*request_of, *TWO], tmp_path, act, fresh=True)
     assert end.codes[killed] == -signal.SIGKILL and end.codes[1 - killed] == 1
     assert end.seconds < 15 and end.processes == [] and end.files == set()
     assert end.said[1 - killed].count("wan-dist: ") == 1 and words in end.said[1 - killed]

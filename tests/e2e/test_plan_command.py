@@ -53,7 +53,7 @@ def answers(tmp_path_factory):
 
     def answer(overrides):
         cwd = tmp_path_factory.mktemp("cwd")
-        return run(["python", "-c", MAIN, "task=plan", *overrides], cwd), cwd
+        return run(["python", "-c", MAIN, "task=plan", *overrides], cwd, fresh=True), cwd
 
     calls = [lambda overrides=overrides: answer(overrides) for _, overrides in REAL.values()]
     return dict(zip(REAL, together(*calls), strict=True))
@@ -135,7 +135,7 @@ def test_memory_of_a_run_is_what_was_planned(tmp_path, heavier, overrides, sampl
     best = best_of(json.loads(plan.stdout))
     errors = []
     while len(errors) < samples and not any(abs(error) <= 0.15 for error in errors):
-        done = wan_dist("prompt=a red circle", "output.dir=out", *typed, cwd=tmp_path)
+        done = wan_dist("prompt=a red circle", "output.dir=out", *typed, cwd=tmp_path, fresh=True)
         assert done.returncode == 0, done.stderr
         record = json.loads((tmp_path / "out" / "video.json").read_text())
         assert record["mesh"] == best["mesh"]
@@ -208,7 +208,7 @@ def test_what_a_cpu_cannot_hold_is_refused_before_a_rank_starts(tmp_path, tmp_pa
     checkpoint = tmp_path_factory.mktemp("sparse") / "checkpoint"
     sparse_checkpoint(checkpoint, max(60 * GB, 2 * free_host_memory()))
     begin = time.monotonic()
-    end = wan_dist(f"model.path={checkpoint}", "prompt=a", *SMALL, f"offload.{order}", cwd=tmp_path)
+    end = wan_dist(f"model.path={checkpoint}", "prompt=a", *SMALL, f"offload.{order}", cwd=tmp_path, fresh=True)
     assert time.monotonic() - begin < 5
     assert end.returncode == 2, end.stderr
     assert f"offload.{order}: does not fit the " in end.stderr and "GB of host memory that a node has" in end.stderr

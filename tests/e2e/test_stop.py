@@ -98,9 +98,10 @@ class Chain:
     def state(self) -> Path:
         return self.run_folder / "state.safetensors"
 
-    def disturbed(self, act: Act, *settings: str, **slow: str) -> Ended:
+    def disturbed(self, act: Act, *settings: str, fresh: bool = False, **slow: str) -> Ended:
         """One run, to which `act` is done when it is time: as `act` itself says."""
-        with Running(["wan-dist", *self.typed, *settings], self.folder, PYTHONPATH=str(self.plant), **slow) as run:
+        command, plant = ["wan-dist", *self.typed, *settings], {"PYTHONPATH": str(self.plant), **slow}
+        with Running(command, self.folder, fresh=fresh, **plant) as run:
             act(run, self.run_folder)
             begin = time.monotonic()
             code = run.finish()
@@ -362,6 +363,6 @@ def test_a_signal_before_ranks_listen(chain, moment):
             wait_until(lambda: any("wan_dist.worker" in " ".join(child.cmdline()) for child in agent.children()), run)
         run.process.send_signal(signal.SIGTERM)
 
-    end = chain.disturbed(act, "parallelism=single")
+    end = chain.disturbed(act, "parallelism=single", fresh=True)
     assert end.code == 75 and end.processes == [] and end.files == set() and not end.state
     assert end.err.count("wan-dist: stopped by SIGTERM") == 1 and "Traceback" not in end.err

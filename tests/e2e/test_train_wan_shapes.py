@@ -20,7 +20,7 @@ def ran(tmp_path_factory):
     """The end of a run that was stopped in its first stage, and of the one that went on from there; their folder."""
     folder = tmp_path_factory.mktemp("training")
     typed = [*COMMAND, "--output", str(folder / "out put")]
-    with Running(typed, folder) as first:
+    with Running(typed, folder, fresh=True) as first:
         line = json.loads(first.process.stdout.readline())
         first.process.send_signal(signal.SIGTERM)
         code = first.finish()

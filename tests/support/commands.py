@@ -3,13 +3,13 @@
 import importlib.util
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from support.warm import BIN, WarmProcess, can_name_itself
+
 REPO = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -20,10 +20,16 @@ def environment(**extra: str) -> dict[str, str]:
     return {**env, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
 
 
-def start(arguments: Sequence[str], cwd: Path, **env: str) -> subprocess.Popen[str]:
-    """Start a command of this environment (`wan-dist`, `torchrun`, `python`) in `cwd`, output captured."""
-    return subprocess.Popen(
-        [str(BIN / arguments[0]), *arguments[1:]],
+def start(arguments: Sequence[str], cwd: Path, *, fresh: bool = False, **env: str) -> subprocess.Popen[str]:
+    """Start a command of this environment (`wan-dist`, `torchrun`, `python`) in `cwd`, output captured.
+
+    fresh: with an interpreter of its own, as a shell would; else forked from this process, which takes a fraction of
+    the time (`support.warm`). A command of another environment always has its own.
+    """
+    program = BIN / arguments[0]
+    warm = not fresh and program.parent == BIN and can_name_itself()
+    return (WarmProcess if warm else subprocess.Popen)(
+        [str(program), *arguments[1:]],
         cwd=cwd,
         env=environment(**env),
         stdout=subprocess.PIPE,
@@ -32,9 +38,11 @@ def start(arguments: Sequence[str], cwd: Path, **env: str) -> subprocess.Popen[s
     )
 
 
-def run(arguments: Sequence[str], cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+def run(
+    arguments: Sequence[str], cwd: Path, timeout: float = 120, *, fresh: bool = False, **env: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
-    process = start(arguments, cwd, **env)
+    process = start(arguments, cwd, fresh=fresh, **env)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -43,13 +51,17 @@ def run(arguments: Sequence[str], cwd: Path, timeout: float = 120, **env: str) -
     return subprocess.CompletedProcess(list(arguments), process.returncode, out, err)
 
 
-def wan_dist(*overrides: str, cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
-    return run(["wan-dist", *overrides], cwd, timeout, **env)
+def wan_dist(
+    *overrides: str, cwd: Path, timeout: float = 120, fresh: bool = False, **env: str
+) -> subprocess.CompletedProcess[str]:
+    return run(["wan-dist", *overrides], cwd, timeout, fresh=fresh, **env)
 
 
-def torchrun(ranks: int, *overrides: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    ranks: int, *overrides: str, cwd: Path, fresh: bool = False, **env: str
+) -> subprocess.CompletedProcess[str]:
     launcher = str(REPO / "launch" / "generate.py")
-    return run(["torchrun", "--nproc-per-node", str(ranks), launcher, *overrides], cwd, **env)
+    return run(["torchrun", "--nproc-per-node", str(ranks), launcher, *overrides], cwd, fresh=fresh, **env)
 
 
 def load_script(path: Path) -> ModuleType:

@@ -22,6 +22,6 @@ LIGHT = {
 @pytest.mark.parametrize("modules", LIGHT)
 def test_import_is_light(tmp_path, modules):
     script = f"import sys, {modules}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
-    done = run(["python", "-c", script], tmp_path)
+    done = run(["python", "-c", script], tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
     assert not set(done.stdout.split()) & set(LIGHT[modules])

@@ -167,6 +167,6 @@ def test_the_identity_is_plain_json_and_complete(config):
 
 def test_asking_takes_no_torch(tmp_path):
     script = "import sys, wan_dist.agent.resume; print(*sorted(name.partition('.')[0] for name in sys.modules))"
-    done = run(["python", "-c", script], tmp_path)
+    done = run(["python", "-c", script], tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
     assert not set(done.stdout.split()) & {"torch", "diffusers", "transformers", "safetensors", "av", "hydra"}

@@ -81,5 +81,5 @@ def test_a_hub_id_is_found_in_the_hubs_cache_offline(tmp_path):
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("0123abcd")
     script = "from wan_dist.loading.source import Source as S; s = S('owner/wan'); print(s.configs(), s.complete())"
-    done = run(["python", "-c", script], tmp_path, HF_HUB_CACHE=str(tmp_path))
+    done = run(["python", "-c", script], tmp_path, fresh=True, HF_HUB_CACHE=str(tmp_path))
     assert done.stdout.split() == [str(snapshot)] * 2, done.stderr

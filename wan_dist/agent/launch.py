@@ -1,6 +1,7 @@
 """Starting the ranks of this node through torchrun's own engine, passing on what they are asked, and saying what became
 of them."""
 
+import gc
 import logging
 import os
 import signal
@@ -44,11 +45,15 @@ def launch(config_path: Path, ranks: int, meeting: Meeting, job: str) -> signal.
     failure's account, StoppedRunError after a stop that was asked for, InterruptedRunError after another signal; no
     rank of this node is left then.
     """
+    gc.disable()  # what is imported stays
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _quieten_torch()
+    if not gc.get_freeze_count():  # the first job of a sweep
+        gc.freeze()
+    gc.enable()
     node = meeting.node
     launch_config = LaunchConfig(
         min_nodes=node.count,

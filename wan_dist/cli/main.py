@@ -5,6 +5,7 @@ Exit codes: 0; 2 for a config that cannot run, before any rank starts; 1 for a f
 for (SIGTERM, SIGUSR1), with the state saved.
 """
 
+import gc
 import json
 import logging
 import os
@@ -43,6 +44,7 @@ def main() -> NoReturn:
     """The `wan-dist` command, `python -m wan_dist`, and `launch/generate.py` under torchrun."""
     for stream in (sys.stdout, sys.stderr):  # a path or prompt that the terminal's encoding lacks is no reason to fail
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    gc.disable()  # until there is a job: what is made by then stays, and looking through it takes a tenth of the time
     env = rank_env()
     if env is None:
         try:
@@ -91,6 +93,7 @@ class Jobs:
     def run(self, config: Config, invocation: Invocation) -> None:
         """Check and freeze one job, and run this node's ranks of it. Raises RefusedError, RunFailedError,
         InterruptedRunError."""
+        gc.enable()
         if self._asked is not None:  # in the last moments of the job before this one, which is complete
             raise StoppedRunError(f"stopped by {self._asked.name} after {self._count} jobs; the others were not begun")
         node = find_node(config.launch, slurm_step(), slurm_address)

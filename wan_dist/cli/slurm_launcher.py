@@ -6,6 +6,7 @@ up after a while, accounting or not.
 """
 
 import difflib
+import gc
 import logging
 import os
 import shlex
@@ -153,6 +154,7 @@ class SlurmLauncher(Launcher):
         """Submit these jobs and wait for them; a failure is told as soon as it is known."""
         from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
 
+        gc.enable()  # the jobs are elsewhere, and waiting for them may take days
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         numbered = [(initial_job_idx + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
