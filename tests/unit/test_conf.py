@@ -1,5 +1,8 @@
 """The shipped YAML: every option composes, says in its first comment what it is for, and fits the schema."""
 
+from copy import deepcopy
+from functools import cache
+
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -19,6 +22,12 @@ def hydra_reads_conf():
 
 
 def composed(*overrides: str) -> Config:
+    """A copy, since tests change what they have."""
+    return deepcopy(composed_once(overrides))
+
+
+@cache
+def composed_once(overrides: tuple[str, ...]) -> Config:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), compose("config", list(overrides))))
     assert isinstance(config, Config)
     return config

@@ -20,7 +20,8 @@ def group_options(group: str, more_dirs: Sequence[Path] = ()) -> list[str]:
 
 
 def register_schemas() -> None:
-    """Make every group's YAML inherit its dataclass: `defaults: [base, _self_]`."""
+    """Type `config.yaml` by its dataclass, which holds those of all groups: a key that they lack is refused, whatever
+    file sets it. A group's own is there for a user's option that asks for it (`defaults: [base, _self_]`)."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()

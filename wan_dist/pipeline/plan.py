@@ -28,7 +28,7 @@ from wan_dist.planning.placement import Plan
 from wan_dist.planning.rates import rates_of
 from wan_dist.planning.room import place_or_refuse
 from wan_dist.planning.traffic import crossing_warning
-from wan_dist.planning.workload import Task, work_of
+from wan_dist.planning.workload import Sizes, Task, work_of
 from wan_dist.topology import free_host_memory
 
 
@@ -38,6 +38,7 @@ def agreed_plan(config: Config, checkpoint: Checkpoint, task: Task, mesh: Mesh, 
     device = report.device
     machine = common_machine(mesh, device, rates_of(config.plan, device.type).host)
     degrees = {axis: getattr(config.parallelism, axis) for axis in AXES}
+    sizes = Sizes(checkpoint, task)  # the headers are read once
     work_for = partial(
         work_of,
         checkpoint=checkpoint,
@@ -46,6 +47,7 @@ def agreed_plan(config: Config, checkpoint: Checkpoint, task: Task, mesh: Mesh, 
         device=device.type,
         local_ranks=machine.local_ranks,
         threads=max(gather_objects(mesh.world, torch.get_num_threads())),
+        sizes=sizes,
     )
     plan = on_every_rank(mesh.world, partial(place_or_refuse, config, work_for, machine))
     if device.type == "cuda" and config.plan.host_gb_s is None and any(p.streaming for p in plan.placements):
@@ -53,7 +55,9 @@ def agreed_plan(config: Config, checkpoint: Checkpoint, task: Task, mesh: Mesh, 
         plan = place_or_refuse(config, work_for, replace(machine, host_bytes_per_s=measured))
     request = run_identity(replace(config, image=None, last_image=None), "")  # pictures are the first rank's to read
     _check_agreement(mesh, (degrees, plan.digest(), request), checkpoint)
-    expected = phase_seconds(config, checkpoint, task, machine, degrees=degrees, work=work_for(config), plan=plan)
+    expected = phase_seconds(
+        config, checkpoint, task, machine, degrees=degrees, work=work_for(config), plan=plan, sizes=sizes
+    )
     report.pulse.allow(stall_limits(config.runtime.stall_timeout_s, seconds=expected))
     for placement in plan.placements:
         logger.info("plan: %s %s: %s", placement.component, placement.how, placement.reason)
