@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-all check bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed  ## three videos from three prompts on two CPU ranks, and one picture and one animation of them
@@ -13,10 +13,14 @@ demo: .venv/.installed  ## three videos from three prompts on two CPU ranks, and
 	'a yellow triangle moving up on a navy background'"
 	@$(BIN)/python -m wan_dist.output.contact_sheet $(DEMO) $(DEMO)/0/video.mp4 $(DEMO)/1/video.mp4 $(DEMO)/2/video.mp4
 
-test: .venv/.installed-test  ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ranks -n 2 --dist loadfile
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e tests/slurm
+# Bytecode is kept, whatever the shell says: hundreds of processes import the same. Long files come first.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
+test: .venv/.installed-test  ## everything that is promised, in minutes on two cores
+	$(PYTEST) tests/e2e tests/ranks tests/unit -n 2 --dist loadfile --no-loadscope-reorder
+
+test-all: .venv/.installed-test  ## that with more cases, and Slurm where it is installed: before a change lands
+	WAN_DIST_TESTS=all $(PYTEST) tests/e2e tests/ranks tests/unit -n 2 --dist loadfile --no-loadscope-reorder
+	WAN_DIST_TESTS=all $(PYTEST) tests/slurm
 
 check: .venv/.installed-dev  ## lint, format, types, layers
 	$(BIN)/ruff check .

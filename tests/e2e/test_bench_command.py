@@ -6,6 +6,7 @@ import pytest
 
 from e2e.processes import files_in, together
 from support.commands import wan_dist
+from support.tiers import all_only, in_all, named_in_all
 
 BLOCKS, HEADS, HEAD_DIM, RANKS, FORWARDS, FP32, BF16 = 2, 4, 32, 2, 2, 4, 2
 TOKENS = 1 * (16 // 2) * (16 // 2)
@@ -19,7 +20,17 @@ SHAPE += ["bench.text_dim=64", "bench.repeats=1"]
 COMMANDS = {
     "step": [*SHAPE, "bench.frames=1", "bench.rows=16", "bench.columns=16", f"parallelism.ulysses={RANKS}"],
     "load": ["bench=load", *SHAPE, "parallelism=tp2", "runtime.dtype=bfloat16"],
-    "load named": ["bench=load", "model=tiny", "parallelism=ring2", "parallelism.fsdp.enabled=on", "bench.repeats=1"],
+    **named_in_all(
+        {
+            "load named": [
+                "bench=load",
+                "model=tiny",
+                "parallelism=ring2",
+                "parallelism.fsdp.enabled=on",
+                "bench.repeats=1",
+            ]
+        }
+    ),
     "vae": [
         *("bench=vae", "model=tiny", f"parallelism.ulysses={RANKS}", "bench.repeats=1"),
         *(f"bench.frames={LATENT_FRAMES}", f"bench.rows={RANKS * LATENT_ROWS}", f"bench.columns={LATENT_COLUMNS}"),
@@ -37,10 +48,14 @@ COMMANDS = {
         *("sampler.steps=10", "video.num_frames=9", "sampler.seed=3"),
     ],
     "scale": ["bench=scale", f"bench.blocks={BLOCKS_14B}", "bench.worlds=[8,64]"],
-    "scale sharded": [
-        *("bench=scale", f"bench.blocks={BLOCKS_14B}", "bench.worlds=[16]", "bench.videos=[480x832x81]"),
-        *("parallelism.tp=2", "parallelism.fsdp.enabled=on", "parallelism.fsdp.replicate=2"),
-    ],
+    **named_in_all(
+        {
+            "scale sharded": [
+                *("bench=scale", f"bench.blocks={BLOCKS_14B}", "bench.worlds=[16]", "bench.videos=[480x832x81]"),
+                *("parallelism.tp=2", "parallelism.fsdp.enabled=on", "parallelism.fsdp.replicate=2"),
+            ]
+        }
+    ),
 }
 
 
@@ -86,7 +101,7 @@ def test_bytes_of_a_steps_all_to_alls(step):
     assert [rank["all_to_all"] for rank in sent] == [elements * FP32 * BLOCKS * FORWARDS] * RANKS
 
 
-@pytest.mark.parametrize("name", ["load", "load named"])
+@pytest.mark.parametrize("name", ["load", *in_all("load named")])
 def test_each_rank_reads_what_it_keeps_and_diffusers_all(benches, name):
     lines, table, _ = benches[name]
     ours, theirs = lines
@@ -130,6 +145,7 @@ def test_bytes_of_a_large_world_are_the_formulas(benches, video, tokens):
         assert line["crosses_nodes"]["all_to_all"] is False
 
 
+@all_only
 def test_sharded_weights_of_a_large_world(benches):
     ((line,), _, _) = benches["scale sharded"]
     mesh = line["mesh"]

@@ -11,6 +11,7 @@ import pytest
 
 from e2e.processes import Running, files_in, processes_about, together
 from support.commands import wan_dist
+from support.tiers import in_all
 
 # On PYTHONPATH, this makes one rank raise in its second step: wan_dist itself has no such hook.
 SITECUSTOMIZE = textwrap.dedent(
@@ -66,7 +67,7 @@ ACTIONS = {
     "rank killed": lambda run: run.rank(1).send_signal(signal.SIGKILL),
     "rank raises": lambda run: None,
 }
-FRESH = ("SIGTERM",)
+FRESH = in_all("SIGTERM", "SIGKILL", "rank killed")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from e2e.processes import files_in, together
 from support.commands import torchrun, wan_dist
+from support.tiers import ALL
 
 NASTY = """'a "cat", surfing (slow): it's = 100% {x} ${y} ${oc.env:HOME} [a|b] \\ ~\n海上的猫, null \\'"""
 
@@ -38,7 +39,7 @@ def runs(cwds, tiny):
     done = together(
         lambda: wan_dist(*common, *own, cwd=cwds["ours"], fresh=True),
         lambda: torchrun(2, *common, "output.formats=[latents]", cwd=cwds["torchrun"], fresh=True),
-        lambda: wan_dist(f"prompt={HALF_KNOWN}", "output.preview=true", cwd=cwds["default"], NO_COLOR=""),
+        lambda: wan_dist(f"prompt={HALF_KNOWN}", "output.preview=true", cwd=cwds["default"], fresh=ALL, NO_COLOR=""),
     )
     runs = dict(zip(cwds, done, strict=True))
     for run in runs.values():

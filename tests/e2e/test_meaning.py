@@ -8,6 +8,7 @@ from e2e.processes import together
 from support.checkpoints import WAN_SHAPES
 from support.commands import torchrun, wan_dist
 from support.ranks import generate_all
+from support.tiers import in_all, named_in_all
 from wan_dist.shapes.meaning import describe
 from wan_dist.shapes.vocabulary import Scene
 
@@ -15,13 +16,17 @@ from wan_dist.shapes.vocabulary import Scene
 CASES = {
     "one rank": (Scene("red", "circle", "right", "black"), "single"),
     "four ranks": (Scene("red", "circle", "right", "black"), "cfg2_ulysses2"),
-    "every axis": (Scene("red", "circle", "right", "black"), "ring2"),
-    "blue": (Scene("blue", "square", "left", "white"), "single"),
-    "yellow": (Scene("yellow", "triangle", "up", "navy"), "single"),
+    **named_in_all(
+        {
+            "every axis": (Scene("red", "circle", "right", "black"), "ring2"),
+            "blue": (Scene("blue", "square", "left", "white"), "single"),
+            "yellow": (Scene("yellow", "triangle", "up", "navy"), "single"),
+        }
+    ),
 }
 
 # Other prompts, not typed as commands. The recipe of the default model.
-OTHERS = ("blue", "yellow")
+OTHERS = in_all("blue", "yellow")
 SETTINGS = {
     "sampler.seed": 1,
     "sampler.steps": 20,
@@ -69,7 +74,7 @@ def test_the_video_shows_what_was_asked_for(clips, case):
     assert all(seen.answers(CASES[case][0]).values()), seen
 
 
-@pytest.mark.parametrize("case", ["four ranks", "every axis"])
+@pytest.mark.parametrize("case", ["four ranks", *in_all("every axis")])
 def test_meshes_draw_the_same_video_as_one_rank(clips, case):
     difference = np.abs(clips[case].astype(int) - clips["one rank"].astype(int))
     assert difference.max() <= 1  # a rounding of the last of 8 bits

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from e2e.processes import Running, files_in, processes_about, together
 from support.commands import torchrun, wan_dist
+from support.tiers import ALL, in_all
 
 LATENTS = "video.latents.safetensors"
 LONG_STEPS = 20000  # minutes, in which something can happen
@@ -105,7 +106,7 @@ def ran(folders, request_of):
     def one_node():
         return wan_dist(*request_of, *TWO, f"output.dir={folders['one node']}", cwd=folders["one node"])
 
-    calls = [one_node, lambda: two_nodes([*request_of, *TWO], folders["two nodes"], fresh=True)]
+    calls = [one_node, lambda: two_nodes([*request_of, *TWO], folders["two nodes"], fresh=ALL)]
     calls += [lambda n=n, act=act: two_nodes(long, folders[n], in_mid_run(act)) for n, act in ACTIONS.items()]
     return dict(zip(folders, together(*calls), strict=True))
 
@@ -179,7 +180,7 @@ def test_what_cannot_run_runs_on_no_node(request_of, tmp_path):
     assert end.files == set() and not end.run_folder.exists()
 
 
-@pytest.mark.parametrize(("killed", "words"), [(1, "node 1 has left before"), (0, "node 0 left before")])
+@pytest.mark.parametrize(("killed", "words"), [(1, "node 1 has left before"), *in_all((0, "node 0 left before"))])
 def test_a_node_that_dies_while_it_starts_is_missed(request_of, tmp_path, killed, words):
     """As soon as it has connected, which is before it imports torch and long before it has a rank."""
 

@@ -15,6 +15,7 @@ from support.checkpoints import TINY
 from support.commands import run, torchrun, wan_dist
 from support.plans import GB, best_of, planned
 from support.ranks import generate_all
+from support.tiers import in_all, named_in_all
 from wan_dist.models.architecture import transformer_tensors
 from wan_dist.models.random_weights import save_random_checkpoint
 from wan_dist.topology import free_host_memory
@@ -121,10 +122,9 @@ SMALL = ["sampler.steps=2", "video.height=64", "video.width=64", "video.num_fram
 @pytest.mark.parametrize(
     ("overrides", "samples"),
     [
-        (["model=tiny", *ONE], 3),
-        (["model=tiny", "runtime.ranks=2"], 3),
         (["model.path=HEAVIER", *ONE, *SMALL], 1),
         (["model.path=HEAVIER", *ONE, *SMALL, "offload.mode=memory"], 1),
+        *in_all((["model=tiny", *ONE], 3), (["model=tiny", "runtime.ranks=2"], 3)),
     ],
 )
 def test_memory_of_a_run_is_what_was_planned(tmp_path, heavier, overrides, samples):
@@ -150,7 +150,7 @@ def test_memory_of_a_run_is_what_was_planned(tmp_path, heavier, overrides, sampl
 MESHES = {
     "cfg and ulysses": {"cfg": 2, "ulysses": 2},
     "ring and tp": {"ring": 2, "tp": 2},
-    "ulysses and ring": {"ulysses": 2, "ring": 2},
+    **named_in_all({"ulysses and ring": {"ulysses": 2, "ring": 2}}),
     "fsdp": {"cfg": 2, "ulysses": 2, "fsdp.enabled": "on"},
     "tp, streamed": {"tp": 4, "offload.transformer": "layerwise"},
 }
@@ -203,7 +203,7 @@ def sparse_checkpoint(target: Path, nbytes: int) -> None:
     assert end >= nbytes
 
 
-@pytest.mark.parametrize("order", ["transformer=resident", "transformer=layerwise", "mode=auto"])
+@pytest.mark.parametrize("order", ["mode=auto", *in_all("transformer=resident", "transformer=layerwise")])
 def test_what_a_cpu_cannot_hold_is_refused_before_a_rank_starts(tmp_path, tmp_path_factory, order):
     checkpoint = tmp_path_factory.mktemp("sparse") / "checkpoint"
     sparse_checkpoint(checkpoint, max(60 * GB, 2 * free_host_memory()))

@@ -8,6 +8,7 @@ from PIL import Image
 
 from e2e.processes import together
 from support.commands import torchrun, wan_dist
+from support.tiers import in_all
 
 P = "prompt=a cat"
 # name -> (overrides, what stderr must say). PLACES stands for the folder that `places` fills.
@@ -86,7 +87,7 @@ CASES = {
          "parallelism.ulysses=9"],
     ),
 }  # fmt: skip
-FRESH = ("no such model", "damaged images", "several")  # in an interpreter of its own, whose start counts
+FRESH = ("several", *in_all("no such model", "damaged images"))  # in an interpreter of its own, whose start counts
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from diffusers import WanPipeline
 
 from e2e.processes import Running
 from support.commands import REPO, run
+from support.tiers import ALL
 
 COMMAND = ["python", str(REPO / "launch" / "train_wan_shapes.py"), "--fraction", "0.0006", "--batch", "0.05"]
 COMMAND += ["--evaluate", "1", "--device", "cpu", "--threads", "1"]
@@ -20,7 +21,7 @@ def ran(tmp_path_factory):
     """The end of a run that was stopped in its first stage, and of the one that went on from there; their folder."""
     folder = tmp_path_factory.mktemp("training")
     typed = [*COMMAND, "--output", str(folder / "out put")]
-    with Running(typed, folder, fresh=True) as first:
+    with Running(typed, folder, fresh=ALL) as first:
         line = json.loads(first.process.stdout.readline())
         first.process.send_signal(signal.SIGTERM)
         code = first.finish()

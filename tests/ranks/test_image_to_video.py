@@ -17,6 +17,7 @@ from PIL import Image
 from support.checkpoints import KINDS, diffusers_answer
 from support.ranks import frozen, generate_all, run_cases, run_generation
 from support.sharded import load, match, mesh_of, save_transformer
+from support.tiers import in_all
 from wan_dist.layers.sequence import split_sizes
 from wan_dist.pipeline import generate as generating
 
@@ -38,18 +39,23 @@ MESHES = {
     "sharded": {"ring": 2, "fsdp.enabled": "on"},
 }
 ALL = ("one", "tp", "ring", "halves")
+MORE = in_all("tp", "halves")
 LIMITS = {"tp": 5e-5, "ring": 2e-5, "sharded": 2e-5, "halves": 1e-5, "sequence": 1e-5}  # from one rank
 
 # name -> kind of model, request, meshes
 CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "wan2.1": ("wan2.1", {**FIRST, **SMALL, **GUIDED}, ALL),
-    "wan2.1 unguided": ("wan2.1", {**FIRST, **SMALL, **UNGUIDED}, ("one", "sequence")),
+    "wan2.1 unguided": ("wan2.1", {**FIRST, **SMALL, **UNGUIDED}, ("one", *in_all("sequence"))),
     "wan2.1 of one frame": ("wan2.1", {**FIRST, **SMALL, **ONE_FRAME, **GUIDED}, ("one", "ring")),
-    "wan2.1 first and last": ("wan2.1 first and last", {**FIRST, **LAST, **SMALL, **GUIDED}, (*ALL, "sharded")),
+    "wan2.1 first and last": (
+        "wan2.1 first and last",
+        {**FIRST, **LAST, **SMALL, **GUIDED},
+        ("one", "ring", "sharded", *MORE),
+    ),
     "a14b": ("wan2.2 a14b", {**FIRST, **SMALL, **TWO_SCALES}, ("one", "tp")),
-    "a14b first and last": ("wan2.2 a14b", {**FIRST, **LAST, **SMALL, **GUIDED}, ALL),
+    "a14b first and last": ("wan2.2 a14b", {**FIRST, **LAST, **SMALL, **GUIDED}, ("one", *in_all("ring"), *MORE)),
     "ti2v of text": ("wan2.2 ti2v", {**LARGE, **GUIDED}, ("one", "ring")),
-    "ti2v": ("wan2.2 ti2v", {**FIRST, **LARGE, **GUIDED, **FRAMES}, (*ALL, "sharded")),
+    "ti2v": ("wan2.2 ti2v", {**FIRST, **LARGE, **GUIDED, **FRAMES}, (*ALL, *in_all("sharded"))),
     "ti2v unguided": ("wan2.2 ti2v", {**FIRST, **LARGE, **UNGUIDED}, ("one", "sequence")),
     "ti2v of one frame": ("wan2.2 ti2v", {**FIRST, **LARGE, **ONE_FRAME, **GUIDED}, ("one", "sequence")),
 }

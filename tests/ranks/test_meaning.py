@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from support.checkpoints import WAN_SHAPES
 from support.ranks import frozen, generate_all, run_generation, run_ranks
+from support.tiers import named_in_all
 from wan_dist.distributed.collectives import gather_dim
 from wan_dist.layers.halo import Halo, RowSplit, halo_rows
 from wan_dist.layers.sequence import split_range
@@ -22,7 +23,7 @@ from wan_dist.shapes.meaning import describe
 from wan_dist.shapes.vocabulary import Scene
 
 SETTINGS = {
-    "sampler.steps": 12,
+    "sampler.steps": 8,
     "sampler.guidance_scale": 4.0,
     "sampler.flow_shift": 3.0,
     "video.height": 64,
@@ -42,12 +43,17 @@ MESHES: dict[str, tuple[Scene, dict[str, Any]]] = {
     "ulysses 2": (BLUE, {"parallelism.ulysses": 2}),
     "ulysses 3": (YELLOW, {"parallelism.ulysses": 3}),
     "ring 2": (YELLOW, {"parallelism.ring": 2}),
-    "ring 3": (RED, {"parallelism.ring": 3}),
     "tp 2": (BLUE, {"parallelism.tp": 2}),
     "FSDP": (YELLOW, {"parallelism.ulysses": 2, "parallelism.fsdp.enabled": "on"}),
-    "one rank decodes": (RED, {"parallelism.ulysses": 2, "parallelism.vae": "off"}),
-    "four ranks decode": (BLUE, {"parallelism.ring": 4, "parallelism.vae": "on"}),
+    "three ranks decode": (RED, {"parallelism.ring": 3, "parallelism.vae": "on"}),
     "streamed": (RED, {"offload.transformer": "layerwise", "offload.prefetch": 1}),
+    **named_in_all(
+        {
+            "ring 3": (RED, {"parallelism.ring": 3}),
+            "one rank decodes": (RED, {"parallelism.ulysses": 2, "parallelism.vae": "off"}),
+            "four ranks decode": (BLUE, {"parallelism.ring": 4, "parallelism.vae": "on"}),
+        }
+    ),
 }
 
 
@@ -117,7 +123,7 @@ FAULTS: dict[str, tuple[str, Any, Scene, dict[str, Any]]] = {
     ),
     "halo rows from the wrong side": (
         *("wan_dist.models.wan_vae.halo_rows", from_the_far_side),
-        *(BLUE, {"parallelism.ring": 4, "parallelism.vae": "on"}),
+        *(BLUE, {"parallelism.ring": 3, "parallelism.vae": "on"}),
     ),
     "latents as the loop left them": ("wan_dist.models.wan_latents.denormalised", as_they_are, YELLOW, {}),
 }

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from support.ranks import frozen, generate, run_cases, run_generation, run_ranks, text_encoder_divided
 from support.sharded import mesh_of
+from support.tiers import in_all
 from wan_dist.distributed.collectives import PeerLostError, all_reduce, pass_on
 from wan_dist.loading.tensor_files import CheckpointError, RemoteCheckpointError
 from wan_dist.loading.weights import on_every_rank
@@ -89,8 +90,12 @@ def generate_with_one_bad_disk(env, config, bad: int, component: str, ends: bool
     return type(caught.value), str(caught.value), took
 
 
-@pytest.mark.parametrize("sharding", [{}, FSDP])
-@pytest.mark.parametrize("degrees", [{"ring": 2, "tp": 2}, {"ulysses": 3}])
+RING_AND_TP, ULYSSES = {"ring": 2, "tp": 2}, {"ulysses": 3}
+
+
+@pytest.mark.parametrize(
+    ("degrees", "sharding"), [(RING_AND_TP, {}), (ULYSSES, FSDP), *in_all((RING_AND_TP, FSDP), (ULYSSES, {}))]
+)
 def test_a_disk_that_fails_one_rank(tmp_path, tiny, degrees, sharding):
     axes = {f"parallelism.{axis}": degree for axis, degree in degrees.items()}
     config = frozen(tmp_path, tiny, **{"parallelism.cfg": 1, **axes, **sharding})

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from support.ranks import run_cases
 from support.sharded import image_branch, load, local, match, mesh_of, save_transformer
+from support.tiers import in_all
 from wan_dist.layers.weight_loader import weight_loader
 
 ISLANDS = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
@@ -25,17 +26,19 @@ MODELS = {
 CASES = [
     ("four heads", torch.float32, {"tp": 2}),
     ("six heads", BF16, {"ring": 3}),
-    ("six heads", torch.float32, {"tp": 3}),
-    ("four heads", torch.float32, {"tp": 2, "ulysses": 2}),
-    ("image", torch.float32, {"tp": 2, "ulysses": 2}),
     ("image", BF16, {"tp": 2, "ulysses": 2}),
-    ("four heads", torch.float32, {"cfg": 2, "ring": 2}),
     ("six heads", BF16, {"cfg": 2, "ring": 2, "replicas": 2}),
-    ("six heads", torch.float32, {"tp": 3, "ulysses": 2}),
     ("six heads, image", BF16, {"tp": 3, "ulysses": 2}),
-    ("four heads", torch.float32, {"tp": 2, "cfg": 2, "ulysses": 2, "replicas": 2}),
-    ("image", BF16, {"tp": 2, "cfg": 2, "ulysses": 2, "replicas": 2}),
-    ("six heads", torch.float32, {"tp": 2, "ulysses": 4}),
+    *in_all(
+        ("six heads", torch.float32, {"tp": 3}),
+        ("four heads", torch.float32, {"tp": 2, "ulysses": 2}),
+        ("image", torch.float32, {"tp": 2, "ulysses": 2}),
+        ("four heads", torch.float32, {"cfg": 2, "ring": 2}),
+        ("six heads", torch.float32, {"tp": 3, "ulysses": 2}),
+        ("four heads", torch.float32, {"tp": 2, "cfg": 2, "ulysses": 2, "replicas": 2}),
+        ("image", BF16, {"tp": 2, "cfg": 2, "ulysses": 2, "replicas": 2}),
+        ("six heads", torch.float32, {"tp": 2, "ulysses": 4}),
+    ),
 ]
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from support.messages import Log, logged
 from support.ranks import run_cases
 from support.sharded import mesh_of
+from support.tiers import in_all
 from support.vae import KINDS, Clip, decoded, encoded, laid_out, latents, random_vae, stride_of, video
 from wan_dist.distributed.mesh import AXES, Axis, Mesh, build_mesh
 from wan_dist.layers.halo import RowSplit, gather_rows, halo_rows, rows_to_first, surrounded
@@ -28,9 +29,9 @@ from wan_dist.layers.sequence import split_sizes
 from wan_dist.models.wan_vae import ParallelVae, parallelize_vae
 
 LIMIT = 2e-5
-WORLDS = (1, 2, 3, 4, 8)
-ENCODING_WORLDS = (3, 4, 8)
-FORMAT_WORLDS = (1, 2, 4)
+WORLDS = (1, 2, 3, 4, *in_all(8))
+ENCODING_WORLDS = (3, *in_all(4, 8))
+FORMAT_WORLDS = (2, *in_all(1, 4))
 OTHER_WORLDS = (3,)  # for all the rest: an odd number of ranks, more than some clips have rows
 ROWS_AND_FRAMES = ((60, 1), (7, 17), (44, 9), (2, 5), (90, 5), (5, 9), (45, 1), (1, 17))
 

@@ -17,6 +17,7 @@ from PIL import Image
 from support.ranks import generate_all, run_cases
 from support.sharded import load, match, mesh_of, save_transformer
 from support.streaming import Streamed, is_within, noise, stream_one
+from support.tiers import in_all
 from wan_dist.distributed.collectives import gather_objects
 from wan_dist.models.wan_transformer import forget_block_text
 from wan_dist.offload import host_blocks
@@ -64,11 +65,11 @@ CASES: list[tuple[Any, dict[str, Any], str, list[dict[str, Any]]]] = [
     (TWO_EXPERTS, {**SHORT, **SECOND_GUIDED}, "one", [TWO_AHEAD]),
     (TWO_EXPERTS, {**SHORT, **BOTH_GUIDED}, "one", [NONE_AHEAD]),
     ("wan2.1", {**IMAGE, **FRAMES}, "one", [EVERYTHING_ELSE, {**LAYERWISE, "offload.vae": "resident"}]),
-    ("wan2.2 a14b", {**IMAGE, **BOTH_GUIDED}, "one", [ONE_STAYS]),
+    *in_all(("wan2.2 a14b", {**IMAGE, **BOTH_GUIDED}, "one", [ONE_STAYS])),
     ("wan2.2 a14b", {**IMAGE, **BOTH_GUIDED}, "tp", [LAYERWISE]),
     ("wan2.2 ti2v", {**IMAGE, **TI2V}, "ring", [LAYERWISE]),
-    *((TWO_EXPERTS, {**SHORT, **FIRST_GUIDED}, mesh, [LAYERWISE]) for mesh in ("ring", "halves")),
-    *((TWO_EXPERTS, {**SHORT, **SECOND_GUIDED}, mesh, [ONE_STAYS]) for mesh in ("cfg", "ulysses", "tp")),
+    *((TWO_EXPERTS, {**SHORT, **FIRST_GUIDED}, mesh, [LAYERWISE]) for mesh in ("ring", *in_all("halves"))),
+    *((TWO_EXPERTS, {**SHORT, **SECOND_GUIDED}, mesh, [ONE_STAYS]) for mesh in ("cfg", "tp", *in_all("ulysses"))),
     (ONE_EXPERT, SHORT, "ulysses", [{**SHARDED, **MEMORY}]),
 ]
 

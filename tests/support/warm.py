@@ -144,6 +144,7 @@ def _run(arguments: Sequence[str]) -> NoReturn:
     code: Any = 0
     try:
         if how == "-m":
+            sys.modules.pop(words[0], None)  # it runs anew, as `__main__`
             runpy.run_module(words[0], run_name="__main__", alter_sys=True)
         elif how == "-c":
             exec(words[0], {"__name__": "__main__"})

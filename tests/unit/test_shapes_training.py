@@ -14,6 +14,7 @@ from torch import nn
 
 from support.checkpoints import WAN_SHAPES
 from support.commands import REPO, load_script
+from support.tiers import all_only
 from wan_dist.shapes.architecture import build_autoencoder, build_text_encoder, build_tokenizer, build_transformer
 from wan_dist.shapes.autoencoder_training import AutoencoderRecipe, AutoencoderTraining, decode_unclamped
 from wan_dist.shapes.checkpoint import Parts, load_checkpoint, save_checkpoint
@@ -212,6 +213,7 @@ def test_what_is_trained_on_begins_as_it_was_and_keeps_its_vae(tmp_path):
     assert not same(finetuned.trained.module["transformer"].state_dict(), shipped.transformer.state_dict())
 
 
+@all_only
 def test_a_stopped_run_goes_on_without_the_checkpoint_that_it_began_with(tmp_path):
     base, begun = shutil.copytree(WAN_SHAPES, tmp_path / "base"), settings(tmp_path / "out", fraction=1e-6, batch=0.01)
     begun.output.mkdir()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from support.tiers import ALL
 from wan_dist.bench import scale
 from wan_dist.bench.random_transformer import TransformerShape
 from wan_dist.config.schema import BenchConfig, Config, FsdpConfig, ParallelismConfig, RuntimeConfig
@@ -114,7 +115,10 @@ def measured(config: Config, mesh, model, video: tuple[int, int, int]) -> dict:
     return scale._measure(config, mesh, model, f"{height}x{width}x{frames}")
 
 
-@pytest.mark.parametrize("name", MESHES)
+SLOW = ("three blocks", "hsdp of one shard", "hsdp, unguided, tp", "fsdp over ulysses", "fsdp over cfg", "everything")
+
+
+@pytest.mark.parametrize("name", [name for name in MESHES if ALL or name not in SLOW])
 def test_bytes_that_bench_scale_counts(name):
     degrees, settings = MESHES[name]
     degrees, config = degrees_of(**degrees), {key: value for key, value in settings.items() if key != "video"}
