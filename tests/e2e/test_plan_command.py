@@ -123,7 +123,7 @@ SMALL = ["sampler.steps=2", "video.height=64", "video.width=64", "video.num_fram
     ("overrides", "samples"),
     [
         (["model.path=HEAVIER", *ONE, *SMALL], 1),
-        (["model.path=HEAVIER", *ONE, *SMALL, "offload.mode=memory"], 1),
+        *in_all((["model.path=HEAVIER", *ONE, *SMALL, "offload.mode=memory"], 1)),
         *in_all((["model=tiny", *ONE], 3), (["model=tiny", "runtime.ranks=2"], 3)),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 from diffusers import WanTransformer3DModel
 
 from support.ranks import frozen, generate_all, run_cases, run_generation
+from support.tiers import named_in_all
 from wan_dist.pipeline import generate as screen
 from wan_dist.pipeline import video
 
@@ -22,7 +23,9 @@ def test_all_ranks_or_one_draw_the_same_frames(tmp_path, tiny):
         "one rank": FOUR_ROWS,
         "alone of three": {**FOUR_ROWS, "parallelism.ulysses": 3, "parallelism.vae": "off"},
         "three": {**FOUR_ROWS, "parallelism.ulysses": 3, "parallelism.vae": "on"},
-        "channels last": {**FOUR_ROWS, "parallelism.ring": 3, "runtime.vae_channels_last": "on"},
+        **named_in_all(
+            {"channels last": {**FOUR_ROWS, "parallelism.ring": 3, "runtime.vae_channels_last": "on"}},
+        ),
         "cfg and tp too": {**FOUR_ROWS, "parallelism.cfg": 2, "parallelism.tp": 2},
     }
     results = dict(zip(cases, generate_all(tmp_path, [(tiny, case) for case in cases.values()]), strict=True))
@@ -50,9 +53,9 @@ def test_latents_are_decoded_on_any_mesh(tmp_path, tiny):
     latents = {"task": "decode", "latents": whole["record"]["outputs"]["latents"], "output.formats": ["frames"]}
     cases = {
         "one rank": latents,
-        "five": {**latents, "parallelism.ring": 5},  # one has no rows
-        "alone of two": {**latents, "parallelism.tp": 2, "parallelism.vae": "off"},
         "heads do not matter": {**latents, "parallelism.tp": 3},
+        "alone of two": {**latents, "parallelism.tp": 2, "parallelism.vae": "off"},
+        **named_in_all({"five": {**latents, "parallelism.ring": 5}}),  # one has no rows
     }
     again = [
         (tiny, {**SIZE_OF_THE_LATENTS, "output.name": f"again{n}", **case}) for n, case in enumerate(cases.values())

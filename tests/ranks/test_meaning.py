@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from support.checkpoints import WAN_SHAPES
 from support.ranks import frozen, generate_all, run_generation, run_ranks
-from support.tiers import named_in_all
+from support.tiers import all_only, named_in_all
 from wan_dist.distributed.collectives import gather_dim
 from wan_dist.layers.halo import Halo, RowSplit, halo_rows
 from wan_dist.layers.sequence import split_range
@@ -157,6 +157,7 @@ def test_the_negative_prompt_leads_away(tmp_path):
     assert (steered["frames"].int() - cfg["frames"].int()).abs().max() <= 1
 
 
+@all_only
 def test_guidance_brings_outlines_nearer_to_what_was_asked(clips, tmp_path):
     """A negative prompt that is the prompt leaves nothing of guidance."""
     scenes = (RED, BLUE, YELLOW)
