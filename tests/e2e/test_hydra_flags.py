@@ -89,3 +89,24 @@ def test_multirun_under_torchrun_is_refused(tmp_path):
     assert end.returncode == 1
     assert len(re.findall("wan-dist --multirun prompt=", end.stderr)) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+# As the command, which also says at its end whether garbage is collected.
+TELLS = """
+import gc, sys
+from wan_dist.cli import main as cli
+leave = cli.leave
+def tells(code):
+    print("collects:", gc.isenabled(), file=sys.stderr)
+    leave(code)
+cli.leave = tells
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("task", ["plan", "generate"])
+def test_an_agent_collects_garbage_once_it_has_a_job(tmp_path, tiny, task):
+    """It does not while it composes, nor while it imports torch."""
+    typed = [f"task={task}", "model=tiny", f"model.path={tiny}", "prompt=x", "parallelism=single"]
+    done = run(["python", "-c", TELLS, *typed, "output.formats=[latents]"], tmp_path)
+    assert done.returncode == 0 and "collects: True\n" in done.stderr, done.stderr
