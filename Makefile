@@ -13,9 +13,10 @@ demo: .venv/.installed  ## three videos from three prompts on two CPU ranks, and
 	'a yellow triangle moving up on a navy background'"
 	@$(BIN)/python -m wan_dist.output.contact_sheet $(DEMO) $(DEMO)/0/video.mp4 $(DEMO)/1/video.mp4 $(DEMO)/2/video.mp4
 
-# Bytecode is kept, whatever the shell says: hundreds of processes import the same. Long files come first.
+# Bytecode is kept, whatever the shell says: hundreds of processes import the same. The longest files are in the first
+# folders, so that the end is made of short ones.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
-test: .venv/.installed-test  ## everything that is promised, in minutes on two cores
+test: .venv/.installed-test  ## everything that is promised but Slurm, in minutes on two cores
 	$(PYTEST) tests/e2e tests/ranks tests/unit -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: .venv/.installed-test  ## that with more cases, and Slurm where it is installed: before a change lands

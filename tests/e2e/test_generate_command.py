@@ -37,8 +37,8 @@ def runs(cwds, tiny):
     common = ["model=tiny", f"model.path={tiny}", f"prompt={NASTY}", "parallelism.ulysses=2"]
     own = ["output.dir=it's, here", "output.name=my video", "output.formats=[mp4,latents,frames]"]
     done = together(
-        lambda: wan_dist(*common, *own, cwd=cwds["ours"], fresh=ALL),
-        lambda: torchrun(2, *common, "output.formats=[latents]", cwd=cwds["torchrun"], fresh=True),
+        lambda: wan_dist(*common, *own, cwd=cwds["ours"], fresh=True),
+        lambda: torchrun(2, *common, "output.formats=[latents]", cwd=cwds["torchrun"], fresh=ALL),
         lambda: wan_dist(f"prompt={HALF_KNOWN}", "output.preview=true", cwd=cwds["default"], fresh=ALL, NO_COLOR=""),
     )
     runs = dict(zip(cwds, done, strict=True))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from e2e.processes import together
 from support.commands import run, torchrun, wan_dist
+from support.tiers import ALL
 
 FLAGS = {
     "help": ["wan-dist", "--help"],
@@ -50,7 +51,7 @@ def sweeps(tmp_path_factory, tiny):
     frames, prompts = tmp_path_factory.mktemp("frames"), tmp_path_factory.mktemp("prompts")
     quoted = ", ".join(["'a cat, (surfing)'", '"it\'s = 100%"'])
     done = together(
-        lambda: wan_dist(*common, "prompt=a cat", "video.num_frames=5,6,9", cwd=frames),
+        lambda: wan_dist(*common, "prompt=a cat", "video.num_frames=5,6,9", cwd=frames, fresh=ALL),
         lambda: wan_dist(*common, f"prompt={quoted}", cwd=prompts),
     )
     return {"frames": (done[0], job_folders(frames)), "prompts": (done[1], job_folders(prompts))}
@@ -110,3 +111,19 @@ def test_an_agent_collects_garbage_once_it_has_a_job(tmp_path, tiny, task):
     typed = [f"task={task}", "model=tiny", f"model.path={tiny}", "prompt=x", "parallelism=single"]
     done = run(["python", "-c", TELLS, *typed, "output.formats=[latents]"], tmp_path)
     assert done.returncode == 0 and "collects: True\n" in done.stderr, done.stderr
+
+
+def test_under_torchrun_garbage_is_collected_while_a_checkpoint_is_fetched(tmp_path, tiny):
+    script = tmp_path / "tells.py"
+    script.write_text(
+        "import gc, sys\n"
+        "from wan_dist.cli import main as cli\n"
+        "def tells(*_):\n"
+        "    print('collects:', gc.isenabled(), file=sys.stderr)\n"
+        "    raise SystemExit(3)\n"
+        "cli.check = tells\n"
+        "cli.main()\n"
+    )
+    typed = ["model=tiny", f"model.path={tiny}", "prompt=x"]
+    done = run(["torchrun", "--nproc-per-node", "1", str(script), *typed], tmp_path)
+    assert done.returncode == 1 and "collects: True\n" in done.stderr, done.stderr

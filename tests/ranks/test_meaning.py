@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from support.checkpoints import WAN_SHAPES
 from support.ranks import frozen, generate_all, run_generation, run_ranks
-from support.tiers import all_only, named_in_all
+from support.tiers import ALL, all_only, named_in_all
 from wan_dist.distributed.collectives import gather_dim
 from wan_dist.layers.halo import Halo, RowSplit, halo_rows
 from wan_dist.layers.sequence import split_range
@@ -23,7 +23,7 @@ from wan_dist.shapes.meaning import describe
 from wan_dist.shapes.vocabulary import Scene
 
 SETTINGS = {
-    "sampler.steps": 8,
+    "sampler.steps": 12 if ALL else 8,
     "sampler.guidance_scale": 4.0,
     "sampler.flow_shift": 3.0,
     "video.height": 64,
@@ -124,6 +124,14 @@ FAULTS: dict[str, tuple[str, Any, Scene, dict[str, Any]]] = {
     "halo rows from the wrong side": (
         *("wan_dist.models.wan_vae.halo_rows", from_the_far_side),
         *(BLUE, {"parallelism.ring": 3, "parallelism.vae": "on"}),
+    ),
+    **named_in_all(
+        {
+            "halo rows from the wrong side, on four ranks": (
+                *("wan_dist.models.wan_vae.halo_rows", from_the_far_side),
+                *(BLUE, {"parallelism.ring": 4, "parallelism.vae": "on"}),
+            )
+        }
     ),
     "latents as the loop left them": ("wan_dist.models.wan_latents.denormalised", as_they_are, YELLOW, {}),
 }

@@ -183,6 +183,7 @@ MORE = {
     *("second step", "euler", "before the switch", "after the switch", "wan2.1 i2v", "cfg, last step"),
     *("cfg, a failure", "from mesh to mesh", "halves, FSDP"),
 }
+assert SCENARIOS.keys() > MORE
 NAMES = [name for name in SCENARIOS if ALL or name not in MORE]
 
 

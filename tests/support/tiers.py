@@ -1,5 +1,5 @@
-"""Two tiers of tests. `make test` is for the one who makes a change: everything that is promised, in minutes, each with
-the cases that fail first. `make test-all` adds more cases of the same, and whatever takes minutes by itself."""
+"""Two tiers of tests. `make test` is for the one who makes a change: everything that is promised but Slurm, in minutes,
+each with few cases. `make test-all`, for what is to land, adds more cases of the same, and Slurm."""
 
 import os
 from typing import Any, TypeVar

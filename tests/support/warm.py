@@ -71,51 +71,69 @@ class WarmProcess(subprocess.Popen):
     """`Popen` of `python [-P] [-u] (-m MODULE | -c CODE | FILE) ...` or of a Python script of this environment."""
 
     def _execute_child(self, *values: Any) -> None:
+        """Returns when the program begins, as `Popen` does. Raises RuntimeError where it cannot."""
         asked = _EXECUTE.bind(self, *values).arguments
-        _import_modules()
-        with _one_at_a_time:
+        with _one_at_a_time:  # another child would keep the pipe of this one open
+            levels = _import_modules()
+            told, tell = os.pipe()
             self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                _become(asked)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(255)
-        self._child_created = True
-        pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
-        self._close_pipe_fds(*(asked[name] for name in pipes))
+            if self.pid == 0:
+                _begin(asked, tell, levels)
+            self._child_created = True
+            os.close(tell)
+            with os.fdopen(told) as pipe:
+                failure = pipe.read()
+        names = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(asked[name] for name in names))
+        if failure:
+            self.wait()
+            raise RuntimeError(failure)
 
 
 @functools.cache
-def _import_modules() -> None:
+def _import_modules() -> dict[str, int]:
+    """The levels that libraries have given their loggers."""
     for name in _MODULES:
         importlib.import_module(name)
     Plugins.instance()  # Hydra's look for themselves
+    return {name: it.level for name, it in logging.root.manager.loggerDict.items() if isinstance(it, logging.Logger)}
 
 
-def _become(asked: Mapping[str, Any]) -> NoReturn:
-    """Put off what this process has of the one that it was forked from, and run the program."""
+def _begin(asked: Mapping[str, Any], tell: int, levels: Mapping[str, int]) -> NoReturn:
+    _one_at_a_time.release()  # it was held over the fork
+    try:
+        arguments, _named = _become(asked, tell, levels)  # kept: it is there that the kernel reads
+    except BaseException:
+        os.write(tell, traceback.format_exc().encode())
+        os._exit(255)
+    os.close(tell)
+    try:
+        _run(arguments)
+    finally:
+        os._exit(255)
+
+
+def _become(asked: Mapping[str, Any], tell: int, levels: Mapping[str, int]) -> tuple[list[str], mmap.mmap]:
+    """Put off what this process has of the one that it was forked from; returns its command line, and where that is."""
     arguments, env = [os.fspath(word) for word in asked["args"]], dict(asked["env"] or os.environ)
     if asked["start_new_session"]:
         os.setsid()
     for own, given in enumerate((asked["p2cread"], asked["c2pwrite"], asked["errwrite"])):
         if given != -1:
             os.dup2(given, own)
-    _forget()
+    _forget(tell, levels)
     os.environ.clear()
     os.environ.update(env)
     if asked["cwd"] is not None:
         os.chdir(asked["cwd"])
-    _named = _name_this_process(arguments, env)  # kept: it is there that the kernel reads
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     subprocess_handler.Popen = WarmProcess
-    _run(arguments)
+    return arguments, _name_this_process(arguments, env)
 
 
-def _forget() -> None:
-    """Signal handlers, files, loggers, warnings and whatever else is pytest's."""
+def _forget(tell: int, levels: Mapping[str, int]) -> None:
+    """Signal handlers, files, loggers, warnings and whatever else is pytest's, or the agent's."""
     faulthandler.disable()
     atexit._clear()
     gc.freeze()
@@ -124,9 +142,12 @@ def _forget() -> None:
             signal.signal(number, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    os.closerange(3, tell)
+    os.closerange(tell + 1, os.sysconf("SC_OPEN_MAX"))
     tempfile.tempdir = None
     logging.root.handlers.clear()
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     importlib.reload(warnings)
     GlobalHydra.instance().clear()
 
@@ -158,6 +179,7 @@ def _run(arguments: Sequence[str]) -> NoReturn:
     if code is not None and not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1
+    threading._shutdown()  # waits for threads that are no daemons
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -68,6 +68,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
         *in_all(*(({axis: 4}, dtype) for axis in ("ulysses", "ring") for dtype in (FP32, BF16))),
         *in_all(({"tp": 2}, FP32), ({"tp": 2}, BF16)),
     ],
+    ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_denoising_is_what_fake_tensors_count(degrees: dict[str, int], dtype: torch.dtype) -> None:
     video = (480, 832, 33)

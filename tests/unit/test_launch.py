@@ -10,8 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from wan_dist.agent.failures import RankFailure, collect, describe, describe_stop, root_cause, stopped_by_request
-from wan_dist.agent.launch import RunFailedError, StoppedRunError, environment, exit_codes
+from wan_dist.agent.failures import (
+    RankFailure,
+    account_path,
+    collect,
+    describe,
+    describe_stop,
+    root_cause,
+    stopped_by_request,
+)
+from wan_dist.agent.launch import RunFailedError, StoppedRunError, _tell, environment, exit_codes
 from wan_dist.agent.prepare import run_id
 from wan_dist.log import rank_log_path
 from wan_dist.topology import SlurmStep, rank_env, slurm_step
@@ -244,3 +252,22 @@ def test_rank_env():
 def test_a_process_that_torchrun_did_not_start_is_no_rank(missing):
     assert rank_env({name: value for name, value in TORCHRUN.items() if name != missing}) is None
     assert rank_env({}) is None
+
+
+CRASHED = {0: -signal.SIGSEGV}
+
+
+@pytest.mark.parametrize(
+    ("told", "words"), [({}, "no progress"), ({"message": "ValueError: its own"}, "ValueError: its own")]
+)
+def test_a_rank_that_crashes_as_it_writes_its_stacks_does_not_hide_the_stall(tmp_path, told, words):
+    """But what a rank tells of itself is better than that."""
+    if told:
+        account_path(tmp_path, 0).write_text(json.dumps(account(0, 1.0, expected=True, **told)))
+    stall = SimpleNamespace(message=lambda run_dir: f"no progress in {run_dir}")
+    supervision = SimpleNamespace(asked=None, stall=None, ended=False, lost=None, suspected=stall)
+    with pytest.raises(RunFailedError, match=words):
+        _tell(tmp_path, CRASHED, supervision, SimpleNamespace(line=None))
+    supervision.suspected = None
+    with pytest.raises(RunFailedError, match=words if told else "killed by SIGSEGV"):
+        _tell(tmp_path, CRASHED, supervision, SimpleNamespace(line=None))

@@ -95,6 +95,8 @@ def test_fsdp(capsys, switch, memory):
 
 
 YAML = {
+    "offload/mistyped.yaml": "prefetchh: 1",
+    "sampler/mistyped.yaml": "defaults: [base, _self_]\nsteps: many",
     "offload/mine.yaml": """
         # Mine.
         defaults: [base, _self_]
@@ -253,3 +255,11 @@ def test_contradictory_orders_exit_with_2_before_anything_starts(tmp_path):
     end = wan_dist(*SMALL, *orders, cwd=tmp_path)
     assert end.returncode == 2 and "(4 reasons)" in end.stderr and "Traceback" not in end.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("option", "word"), [("offload=mistyped", "prefetchh"), ("sampler=mistyped", "many")])
+def test_what_a_users_option_mistypes_is_refused(mine, tmp_path, option, word):
+    """Whether or not it asks for its group's schema."""
+    end = wan_dist("task=plan", "--config-dir", str(mine), *PLAN, option, cwd=tmp_path)
+    assert end.returncode == 2 and word in end.stderr and "Traceback" not in end.stderr
+    assert end.stdout == "" and list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """hydra/launcher=slurm without a Slurm: what is refused, when a job is over, and what its tasks' results amount to."""
 
+import gc
 import pickle
 import sys
 
@@ -19,7 +20,7 @@ from wan_dist.cli.slurm_jobs import (
     slurm_states,
     told,
 )
-from wan_dist.cli.slurm_launcher import _has_plugin, launcher_refusals, same_target
+from wan_dist.cli.slurm_launcher import SlurmLauncher, _has_plugin, launcher_refusals, same_target
 
 DONE = Outcome(0)
 
@@ -158,3 +159,14 @@ def test_a_failed_job_is_told_with_its_output(tmp_path):
     assert "OUT_OF_MEMORY" in message and "Killed" in message and str(logs[1]) in message
     assert "no longer knows it (last PENDING)" in slurm_jobs._no_result(job, 0, "PENDING")
     assert message.count("line") < 20 and str(logs[0]) not in message
+
+
+def test_garbage_is_collected_while_a_sweep_waits_for_its_jobs():
+    """It was not until here."""
+    gc.disable()
+    try:
+        with pytest.raises(AttributeError, match="config"):  # nothing has set it up, so it can launch nothing
+            SlurmLauncher().launch([], 0)
+        assert gc.isenabled()
+    finally:
+        gc.enable()

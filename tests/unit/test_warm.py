@@ -28,6 +28,16 @@ PROGRAMS = {
     "an early end": "import os; print('said', flush=True); os._exit(3)",
     "a death": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     "something at exit": "import atexit; atexit.register(print, 'last'); print('first')",
+    "a thread": """
+        import threading, time
+        threading.Thread(target=lambda: (time.sleep(0.2), print("the thread's"))).start()
+        print("the program's")
+    """,
+    "loggers": """
+        import logging, torch
+        names = ("torch", "torch.distributed", "torch.distributed.elastic.agent.server.api")
+        print([logging.getLogger(name).getEffectiveLevel() for name in names])
+    """,
     "a child": """
         import os, subprocess, sys
         child = subprocess.run([sys.executable, "-c", "import os; print(os.environ['MINE'])"], capture_output=True)
@@ -48,10 +58,9 @@ def test_a_forked_program_is_like_a_fresh_one(program, tmp_path, monkeypatch):
     assert last[0] == last[1]
 
 
-def test_it_is_found_by_its_command_line_and_variables(tmp_path):
-    words = ["python", "-P", "-u", "-c", "import time; print('there'); time.sleep(60)", str(tmp_path / "a folder")]
+def test_it_is_found_at_once_by_its_command_line_and_variables(tmp_path):
+    words = ["python", "-P", "-u", "-c", "import time; time.sleep(60)", str(tmp_path / "a folder")]
     with start(words, tmp_path, RANK="7") as process:
-        assert process.stdout.readline() == "there\n"
         seen = psutil.Process(process.pid)
         assert seen.cmdline() == [str(BIN / "python"), *words[1:]]
         assert seen.environ()["RANK"] == "7" and seen.cwd() == str(tmp_path) and seen.ppid() == os.getpid()
@@ -74,3 +83,9 @@ def test_other_environments_and_fresh_ones_are_not_forked(tmp_path):
     assert run(["python", "-c", show], tmp_path, fresh=True).stdout == "False\n"
     own = subprocess.check_output([sys.executable, "-c", "import sys; print(sys.base_prefix)"], text=True).strip()
     assert run([f"{own}/bin/python3", "-c", show], tmp_path).stdout == "False\n"
+
+
+def test_what_cannot_begin_is_told(tmp_path):
+    for fresh, kind in ((True, FileNotFoundError), (False, RuntimeError)):
+        with pytest.raises(kind, match=r"No such file or directory: .*nowhere"):
+            start(["python", "-c", "pass"], tmp_path / "nowhere", fresh=fresh)

@@ -316,11 +316,25 @@ def test_processes_that_are_all_stopped_are_named_and_write_their_stacks(server,
         assert told.wait(5)
         dog.close()
         (stall,) = found
+        assert dog.found == stall
         assert [(suspect.rank, suspect.pid) for suspect in stall.suspects] == list(enumerate(pids))
         assert all("stopped (SIGSTOP?)" in suspect.why for suspect in stall.suspects)
         for rank, pid in enumerate(pids):
             written(tmp_path / f"rank{rank}.log", "in works", "in _publish")
             assert process_state(pid) in ("R", "S")
+
+
+def test_a_stall_is_known_before_the_stacks_are_written(server, tmp_path):
+    """A rank may end while it writes them, and the watchdog with it."""
+    with ranks_of(server, tmp_path, works) as pids:
+        dog, found, told = watched(server, pids)
+        os.kill(pids[0], signal.SIGSTOP)
+        give_up = time.monotonic() + 10
+        while dog.found is None:
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
+        dog.close()
+        assert not told.wait(0.2) and found == [] and dog.found.suspects[0].pid == pids[0]
 
 
 def test_a_process_that_hangs_in_python_is_told_from_one_that_waits(server, tmp_path):

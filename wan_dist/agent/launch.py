@@ -106,6 +106,8 @@ def _tell(run_dir: Path, ended: dict[int, int], supervision: Supervision, meetin
     if stopped_by_request(failures, asked):
         raise StoppedRunError(describe_stop(failures, asked, run_dir))
     cause = root_cause(failures)
+    if cause.account is None and supervision.suspected is not None:
+        raise RunFailedError(supervision.suspected.message(run_dir))
     lost = supervision.lost
     if lost is None and cause.account is not None and cause.account.get("consequence"):
         lost = meeting.line.wait_for_loss()  # which takes longer to be sure of

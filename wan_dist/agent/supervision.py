@@ -49,6 +49,12 @@ class Supervision:
         self._thread.join()
 
     @property
+    def suspected(self) -> Stall | None:
+        """The stall that was found, also where a rank ended while it wrote its stacks: those of threads that run may
+        crash it (in faulthandler, once in some hundred times)."""
+        return self._watchdog.found
+
+    @property
     def ended(self) -> bool:
         """Whether it was here that the ranks were ended: how they ended then tells nothing."""
         return self.stall is not None or self.lost is not None

@@ -212,6 +212,7 @@ class Watchdog:
     store: a torch.distributed store, of which a connection of its own is made. local_pids: of the ranks of this node
     that run at the time. on_stall: called once, by the watchdog's thread, when the ranks of this node have had time to
     write their stacks; stopped ones go on from there (only so could they write), and it is for `on_stall` to end them.
+    found: the stall, as soon as there is one.
     """
 
     def __init__(
@@ -225,6 +226,7 @@ class Watchdog:
     ) -> None:
         self._local_pids, self._on_stall, self._interval_s = local_pids, on_stall, interval_s
         self._seen = Seen(world_size, interval_s)
+        self.found: Stall | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, args=(store,), name="watchdog", daemon=True)
         self._thread.start()
@@ -243,6 +245,7 @@ class Watchdog:
             return
         if stall is None:
             return
+        self.found = stall
         ask_for_stacks(self._local_pids())
         if not self._closed.wait(_STACKS_S):
             self._on_stall(stall)

@@ -234,6 +234,7 @@ def _compose_for_node(arguments: Sequence[str], env: RankEnv, store: Any) -> str
     frozen: list[Path] = []
 
     def run(config: Config, invocation: Invocation) -> None:
+        gc.enable()
         checked = check(config, invocation)
         if checked.config.task != "plan":
             frozen.append(freeze_run(checked, node=env.node_rank))
