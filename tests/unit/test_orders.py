@@ -95,8 +95,13 @@ def test_fsdp(capsys, switch, memory):
 
 
 YAML = {
-    "offload/mistyped.yaml": "prefetchh: 1",
-    "sampler/mistyped.yaml": "defaults: [base, _self_]\nsteps: many",
+    "offload/mistyped.yaml": """
+        prefetchh: 1
+        """,
+    "sampler/mistyped.yaml": """
+        defaults: [base, _self_]
+        steps: many
+        """,
     "offload/mine.yaml": """
         # Mine.
         defaults: [base, _self_]
