@@ -123,15 +123,7 @@ FAULTS: dict[str, tuple[str, Any, Scene, dict[str, Any]]] = {
     ),
     "halo rows from the wrong side": (
         *("wan_dist.models.wan_vae.halo_rows", from_the_far_side),
-        *(BLUE, {"parallelism.ring": 3, "parallelism.vae": "on"}),
-    ),
-    **named_in_all(
-        {
-            "halo rows from the wrong side, on four ranks": (
-                *("wan_dist.models.wan_vae.halo_rows", from_the_far_side),
-                *(BLUE, {"parallelism.ring": 4, "parallelism.vae": "on"}),
-            )
-        }
+        *(BLUE, {"parallelism.ring": 4, "parallelism.vae": "on"}),
     ),
     "latents as the loop left them": ("wan_dist.models.wan_latents.denormalised", as_they_are, YELLOW, {}),
 }

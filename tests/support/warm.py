@@ -109,6 +109,8 @@ def _begin(asked: Mapping[str, Any], tell: int, levels: Mapping[str, int]) -> No
     os.close(tell)
     try:
         _run(arguments)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(255)
 
@@ -179,7 +181,9 @@ def _run(arguments: Sequence[str]) -> NoReturn:
     if code is not None and not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1
-    threading._shutdown()  # waits for threads that are no daemons
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

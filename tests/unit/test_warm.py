@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -50,7 +51,8 @@ PROGRAMS = {
 def test_a_forked_program_is_like_a_fresh_one(program, tmp_path, monkeypatch):
     monkeypatch.setenv("LEFT", "behind")
     words, env = ["python", "-c", textwrap.dedent(PROGRAMS[program]), "a word", ""], {"MINE": "ö", "TMPDIR": "/"}
-    ends = [run(words, tmp_path, fresh=fresh, **env) for fresh in (True, False)]
+    with ThreadPoolExecutor(1) as pool:  # as fixtures start several at once
+        ends = [pool.submit(run, words, tmp_path, fresh=fresh, **env).result() for fresh in (True, False)]
     assert ends[0].returncode == ends[1].returncode
     said = [end.stdout.splitlines() for end in ends]
     assert said[0] == said[1]
