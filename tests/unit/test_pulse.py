@@ -59,7 +59,6 @@ def test_nobody_watches():
     threads = threading.active_count()
     pulse = Pulse(None, 0)
     pulse.allow({})
-    pulse = Pulse(None, 0)
     pulse.mark("denoise", 1, 2)
     assert threading.active_count() == threads  # nothing is published
     pulse.close()
